@@ -1,0 +1,160 @@
+"""Answer whether DPO and PPO find their training data more likely, with intervals and pictures.
+
+Reads   data/tokenized/pairs_{train,heldout}.parquet, unseen.parquet   the texts as token ids
+        data/reference_logps                        base's log-probs of the pairs, computed once
+        models/base, models/dpo, models/ppo
+        data/pairs/heldout.parquet                  texts, for the one-feature rankers
+        reports/train_dpo/{history,heldout}.csv, reports/train_reward/heldout_scores.csv,
+        reports/train_ppo/{history,heldout_scores}.csv
+Writes  reports/analyze_logps/logps.parquet         model, group, row, prompt_id, tokens, logp, logp_per_token
+        reports/analyze_logps/metrics.json          every estimate X with X_low and X_high
+        reports/analyze_logps/answer.md             the same as a paragraph
+        reports/analyze_logps/*.csv, *.png          plots and pictures
+        reports/analyze_logps/run.json              seconds, tokens/s, memory, versions
+
+Run     dvc repro analyze_logps                     (untracked: python -m stages.analyze_logps)
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from stages.lib import plots, rankings
+from stages.lib.answer import answer
+from stages.lib.artefacts import atomic_path, read_parquet, round_floats, write_history, write_json, write_parquet
+from stages.lib.logps import completion_logps
+from stages.lib.memorisation import change_quantiles, changes, displacement, levels, pair_changes, tidy
+from stages.lib.models import freeze, load_causal_lm, pick_device, pick_precision
+from stages.lib.params import Base, require
+from stages.lib.reference import read_reference_logps
+from stages.lib.run_stage import run_stage
+from stages.lib.stats import Resampling
+
+REPORTS = Path("reports/analyze_logps")
+MODELS = ("base", "dpo", "ppo")
+MEASURED = (  # under reports/
+    "train_dpo/history.csv",
+    "train_dpo/heldout.csv",
+    "train_reward/heldout_scores.csv",
+    "train_ppo/history.csv",
+    "train_ppo/heldout_scores.csv",
+)
+
+
+@dataclass(frozen=True)
+class Params:
+    max_train_pairs: int | None  # training pairs drawn by seed; None: all
+    micro_batch_tokens: int  # memory dial: tokens per forward pass
+    bootstrap_samples: int  # resamples of prompts for each interval
+    confidence: float  # of every interval
+
+    def __post_init__(self):
+        require(self.max_train_pairs is None or self.max_train_pairs >= 1, "max_train_pairs must be at least 1")
+        require(self.micro_batch_tokens > 0, "micro_batch_tokens must be positive")
+        require(self.bootstrap_samples >= 1, "bootstrap_samples must be at least 1")
+        require(0 < self.confidence < 1, "confidence must lie between 0 and 1")
+
+
+def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
+    device = pick_device()
+    precision = pick_precision(base.precision, device)
+    how = Resampling(params.bootstrap_samples, params.confidence, base.seed)
+    words = pd.DataFrame(read_parquet(root / "data/pairs/heldout.parquet"))
+    measured = {path: pd.read_csv(root / "reports" / path) for path in MEASURED}
+
+    # 1. the log-prob of every text under every model; base's of the pairs are known
+    texts = collect_texts(root, params.max_train_pairs, base.seed)
+    tokens = 0
+    for name in MODELS:
+        todo = texts[texts["base_logp"].isna()] if name == "base" else texts
+        prompts, completions = todo["prompt_ids"].tolist(), todo["completion_ids"].tolist()
+        model = freeze(load_causal_lm(root / "models" / name, device))
+        logps = completion_logps(model, prompts, completions, params.micro_batch_tokens, precision, name)
+        summed = pd.Series(logps.numpy().astype(float), todo.index)
+        texts[name] = (summed.combine_first(texts["base_logp"]) if name == "base" else summed) / texts["tokens"]
+        tokens += sum(map(len, prompts)) + sum(map(len, completions))
+
+    # 2. what changed, for which texts
+    estimates = {name: levels(texts, name, how) for name in MODELS}
+    for name in ("dpo", "ppo"):
+        estimates[name] |= changes(texts, name, how) | displacement(texts, name, params.confidence)
+
+    # 3. what ranks the held-out pairs, beside counting one feature
+    pairs = rankings.heldout_table(texts, words, measured["train_reward/heldout_scores.csv"])
+    for name, found in rankings.estimates(pairs, how).items():
+        estimates[name] = estimates.get(name, {}) | found
+
+    write_parquet(root / REPORTS / "logps.parquet", tidy(texts))
+    print(f"wrote {REPORTS}/logps.parquet: {len(texts)} texts under {len(MODELS)} models")
+    write_answer(root, texts, estimates, params.confidence)
+    write_plots(root, texts, estimates, measured)
+    return {"tokens": tokens, "device": device.type, "precision": precision}
+
+
+def collect_texts(root: Path, max_train_pairs: int | None, seed: int) -> pd.DataFrame:
+    """A row per text: group, row, prompt_id, prompt_ids, completion_ids, tokens, base_logp where it is known."""
+    tables = []
+    for split in ("train", "heldout"):
+        pairs = pd.DataFrame(read_parquet(root / f"data/tokenized/pairs_{split}.parquet"))
+        reference = pd.DataFrame(read_reference_logps(root, split))
+        if split == "train" and max_train_pairs is not None and max_train_pairs < len(pairs):
+            pairs = pairs.loc[sorted(random.Random(seed).sample(range(len(pairs)), max_train_pairs))]
+        pairs = pairs.merge(reference, on=["row", "prompt_id"], validate="one_to_one")
+        for side in ("chosen", "rejected"):
+            columns = {f"{side}_input_ids": "completion_ids", f"{side}_logps": "base_logp"}
+            table = pairs.rename(columns={"prompt_input_ids": "prompt_ids", **columns})
+            tables.append(table.assign(group=f"{split}_{side}"))
+    unseen = pd.DataFrame(read_parquet(root / "data/tokenized/unseen.parquet"))
+    unseen = unseen.rename(columns={"prompt_input_ids": "prompt_ids", "response_input_ids": "completion_ids"})
+    texts = pd.concat([*tables, unseen.assign(group="unseen")], ignore_index=True)
+    texts["tokens"] = texts["completion_ids"].map(len)
+    texts["prompt_id"] = texts["prompt_id"].astype("Int64")
+    return texts[["group", "row", "prompt_id", "prompt_ids", "completion_ids", "tokens", "base_logp"]]
+
+
+def write_answer(root: Path, texts: pd.DataFrame, estimates: dict, confidence: float) -> None:
+    """The estimates as numbers and in words."""
+    sizes = texts["group"].value_counts()
+    groups = {"train_pairs": "train_chosen", "heldout_pairs": "heldout_chosen", "unseen_texts": "unseen"}
+    metrics: dict = {name: int(sizes[group]) for name, group in groups.items()}
+    text = answer(estimates, metrics, confidence)
+    for name, intervals in estimates.items():
+        metrics[name] = {k: v for key, interval in intervals.items() for k, v in interval.as_metrics(key).items()}
+    write_json(root / REPORTS / "metrics.json", round_floats(metrics))
+    with atomic_path(root / REPORTS / "answer.md") as partial:
+        partial.write_text(text, encoding="utf-8")
+    print(f"wrote {REPORTS}/metrics.json, answer.md")
+
+
+def write_plots(root: Path, texts: pd.DataFrame, estimates: dict, measured: dict[str, pd.DataFrame]) -> None:
+    """Curves for DVC and pictures for people."""
+    moved = pair_changes(texts)
+    accuracies = estimates["rankers"] | {name: estimates[name]["rewards/accuracies"] for name in ("dpo", "ppo")}
+    accuracies["reward_model"] = estimates["reward_model"]["accuracy"]
+    curves = {
+        "quantiles": change_quantiles(texts).to_dict("records"),
+        "displacement": moved.to_dict("records"),
+        "rankers": [{"ranker": name} | each.as_metrics("accuracy") for name, each in accuracies.items()],
+    }
+    training, heldout, rewards, path, before_after = (measured[name] for name in MEASURED)
+    pictures = {
+        "densities": plots.densities(texts),
+        "ecdf": plots.ecdf(texts),
+        "displacement": plots.displacement(moved),
+        "rankers": plots.rankers(accuracies, trained=("dpo", "ppo", "reward_model")),
+        "margins": plots.margins(training, heldout),
+        "scores": plots.scores(rewards, before_after),
+        "score_kl": plots.score_kl(path),
+    }
+    for name, rows in curves.items():
+        write_history(root / REPORTS / f"{name}.csv", round_floats(rows))
+    for name, png in pictures.items():
+        with atomic_path(root / REPORTS / f"{name}.png") as partial:
+            partial.write_bytes(png)
+    print(f"wrote {REPORTS}/{', '.join([*(f'{n}.csv' for n in curves), *(f'{n}.png' for n in pictures)])}")
+
+
+if __name__ == "__main__":
+    run_stage("analyze_logps", main, Params)

@@ -1,0 +1,61 @@
+"""Gather every number, curve, picture and sample into one page that opens without a network.
+
+Reads   reports/<stage>/metrics.json, history.csv, heldout.csv, measures.csv, samples.json, answer.md, *.png
+        reports/<stage>/run.json                 if there; no dep, since it differs from run to run
+        params.yaml
+Writes  reports/index.html                       the report, self-contained
+        reports/build_report/run.json            seconds, memory, versions
+
+Run     dvc repro build_report                   (untracked: python -m stages.build_report)
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.lib import report_numbers as numbers
+from stages.lib import report_sections as sections
+from stages.lib.artefacts import atomic_path
+from stages.lib.params import Base, read_params, require
+from stages.lib.report_files import ReportFiles
+from stages.lib.report_page import Page, paragraphs, render, sections_of, strong
+from stages.lib.run_stage import run_stage
+
+
+@dataclass(frozen=True)
+class Params:
+    title: str  # heading of the page
+    gallery_rows: int  # prompts shown in the sample gallery
+
+    def __post_init__(self) -> None:
+        require(bool(self.title.strip()), "title must not be empty")
+        require(self.gallery_rows >= 1, "gallery_rows must be at least 1")
+
+
+def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
+    files = ReportFiles(root)
+    page = Page(
+        title=params.title,
+        lede=sections.lede(files),
+        answer=paragraphs(files.text("analyze_logps", "answer.md")),
+        tiles=[*numbers.tiles(files), sections.cost_tile(files)],
+        forests=numbers.forests(files),
+        curves=sections.training_curves(files),
+        pictures=sections.pictures(root),
+        samples=sections.gallery(files, params.gallery_rows),
+        style=sections.style(files, mark_change=strong),
+        setup=[*sections.setup(files, read_params(root)), ("Seed, precision", f"{base.seed}, {base.precision}")],
+        data=sections.data_counts(files),
+        parameters=sections_of((root / "params.yaml").read_text(encoding="utf-8"), sections.PARAMETERS),
+        costs=sections.costs(files),
+        provenance=sections.provenance(files),
+    )
+    html = render(page).encode("utf-8", errors="replace")  # a model may emit half a surrogate pair
+    with atomic_path(root / "reports/index.html") as partial:
+        partial.write_bytes(html)
+    print(f"wrote reports/index.html: {len(html) / 1e6:.1f} MB")
+    return {}
+
+
+if __name__ == "__main__":
+    run_stage("build_report", main, Params)

@@ -1,0 +1,212 @@
+"""Padding, collating, packing, and grouping by a token budget."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def pad(tensors: list[Tensor], padding_value: int = 0, padding_side: str = "right") -> Tensor:
+    """Stacks tensors of different lengths, padding their leading dimension.
+
+    Args:
+        tensors: N tensors (T_i, ...), equal in all dimensions but the first.
+        padding_value: what fills the gaps.
+        padding_side: 'left' or 'right'.
+
+    Returns:
+        (N, max T_i, ...), of the first tensor's dtype and device.
+
+    Raises:
+        ValueError: no tensors, or an unknown side.
+    """
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side must be 'left' or 'right', not {padding_side!r}")
+    if not tensors:
+        raise ValueError("nothing to pad: the list of tensors is empty")
+    longest = max(len(tensor) for tensor in tensors)
+    padded = tensors[0].new_full((len(tensors), longest, *tensors[0].shape[1:]), padding_value)
+    for row, tensor in zip(padded, tensors, strict=True):
+        start = longest - len(tensor) if padding_side == "left" else 0
+        row[start : start + len(tensor)] = tensor
+    return padded
+
+
+def pad_collate_fn(batch: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, Tensor]:
+    """Collates tokenized pairs: prompts padded on the left, completions on the right.
+
+    So a prompt ends where its completion begins, and the two can be joined along the length. The masks come
+    from the lengths: a real token that equals the pad id keeps its 1.
+
+    Args:
+        batch: B rows with prompt_input_ids, chosen_input_ids and rejected_input_ids.
+        pad_token_id: fills the gaps.
+
+    Returns:
+        {prompt,chosen,rejected}_{input_ids,attn_mask}, each (B, longest of its kind), int64;
+        a mask is 1 on real tokens and 0 on padding.
+    """
+    collated = {}
+    for part, side in (("prompt", "left"), ("chosen", "right"), ("rejected", "right")):
+        ids = [torch.tensor(row[f"{part}_input_ids"], dtype=torch.int64) for row in batch]
+        collated[f"{part}_input_ids"] = pad(ids, pad_token_id, side)
+        collated[f"{part}_attn_mask"] = pad([torch.ones_like(row) for row in ids], 0, side)
+    return collated
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """S sequences (prompt + completion) one after another in a single row of T tokens, without padding.
+
+    Where prompts are shared, each distinct prompt is a sequence of its own, which its completions continue.
+
+    input_ids:         (1, T)
+    position_ids:      (1, T) restarting at 0 in each sequence, or going on where its context ends
+    sequence_lengths:  ints whose sum is T; S of them unless prompts are shared
+    contexts:          for each of these sequences the number of the one it continues, or None
+    num_completions:   S
+    completion_index:  (N,) positions whose hidden state predicts a completion token
+    labels:            (N,) those completion tokens
+    label_sequence:    (N,) which of the S completions each label belongs to
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    sequence_lengths: list[int]
+    contexts: list[int | None]
+    num_completions: int
+    completion_index: Tensor
+    labels: Tensor
+    label_sequence: Tensor
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return PackedBatch(**moved)
+
+
+def pack(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], share_prompts: bool = False
+) -> PackedBatch:
+    """Packs S prompts with their completions; both have at least one token each.
+
+    Args:
+        share_prompts: equal prompts go into the row once. Causality makes that exact: what a prompt computes
+            does not depend on what follows it.
+
+    Raises:
+        ValueError: an empty prompt or completion: no position would predict the completion's first token.
+    """
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    completion_index: list[int] = []
+    labels: list[int] = []
+    label_sequence: list[int] = []
+    sequence_lengths: list[int] = []
+    contexts: list[int | None] = []
+    shared: dict[tuple[int, ...], tuple[int, int]] = {}  # prompt -> its number as a sequence, its last position
+    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if len(prompt) == 0 or len(completion) == 0:
+            raise ValueError(f"sequence {number}: prompt and completion need at least one token each")
+        context, last = shared.get(tuple(prompt), (None, 0))
+        if context is None:
+            input_ids += prompt
+            position_ids += range(len(prompt))
+            last = len(input_ids) - 1  # the prompt's last token predicts the completion's first
+            if share_prompts:
+                context = len(sequence_lengths)
+                shared[tuple(prompt)] = context, last
+                sequence_lengths.append(len(prompt))
+                contexts.append(None)
+        start = len(input_ids)
+        completion_index += [last, *range(start, start + len(completion) - 1)]
+        labels += completion
+        label_sequence += [number] * len(completion)
+        input_ids += completion
+        position_ids += range(len(prompt), len(prompt) + len(completion))
+        sequence_lengths.append(len(completion) if share_prompts else len(prompt) + len(completion))
+        contexts.append(context)
+    return PackedBatch(
+        input_ids=torch.tensor([input_ids]),
+        position_ids=torch.tensor([position_ids]),
+        sequence_lengths=sequence_lengths,
+        contexts=contexts,
+        num_completions=len(completions),
+        completion_index=torch.tensor(completion_index),
+        labels=torch.tensor(labels),
+        label_sequence=torch.tensor(label_sequence),
+    )
+
+
+def group_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Packs items into as few groups as first-fit-decreasing finds, each of at most `budget` tokens.
+
+    Args:
+        lengths: tokens of each item.
+        budget: tokens a group may hold; an item longer than it gets a group of its own.
+
+    Returns:
+        Groups of indices into `lengths`; each index is in exactly one group.
+    """
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for number, left in enumerate(room):
+            if lengths[index] <= left:
+                groups[number].append(index)
+                room[number] -= lengths[index]
+                break
+        else:
+            groups.append([index])
+            room.append(budget - lengths[index])
+    return groups
+
+
+def consecutive_groups(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Cuts items into runs of at most `budget` tokens; an item longer than it gets a run of its own.
+
+    Returns:
+        Groups of indices into `lengths`, in order, none empty.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    for index, length in enumerate(lengths):
+        if not groups or length > room:
+            groups.append([])
+            room = budget
+        groups[-1].append(index)
+        room -= length
+    return groups
+
+
+def micro_batches_of_process(
+    lengths: Sequence[int], budget: int, process: int, num_processes: int
+) -> list[tuple[list[int], float]]:
+    """This process's micro-batches of one optimizer batch, each with a weight.
+
+    Long items are dealt out first, one process after another, so that all have similar work. Every process gets
+    as many micro-batches as the busiest, since collective operations must match: the extra ones repeat the
+    shortest item with weight 0.
+
+    Args:
+        lengths: tokens of each item of the whole batch.
+        budget: tokens of a micro-batch.
+        process: index of this process, below num_processes.
+
+    Returns:
+        (indices into `lengths`, weight 1.0 or 0.0) per micro-batch. Over all processes each index has weight 1
+        exactly once.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    groups_per_process = []
+    for first in range(num_processes):
+        share = by_length[first::num_processes]
+        groups = group_by_tokens([lengths[i] for i in share], budget)
+        groups_per_process.append([[share[i] for i in group] for group in groups])
+    rounds = max(map(len, groups_per_process))
+    mine = groups_per_process[process]
+    idle = [(by_length[-1:], 0.0)] * (rounds - len(mine))
+    return idle + [(group, 1.0) for group in mine]

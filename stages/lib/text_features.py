@@ -1,0 +1,93 @@
+"""Surface features of a text: what a reward can be chased with instead of being earned."""
+
+import re
+from collections.abc import Callable, Sequence
+
+# pictographs, symbols and dingbats that render as pictures; not (c), (R), TM, digits or arrows of plain text
+_PICTURE = (
+    "[\U0001f300-\U0001faff\U0001f004\U0001f0cf\U0001f18e\U0001f191-\U0001f19a"
+    "\u2600-\u27bf\u231a\u231b\u23e9-\u23fa\u2b1b\u2b1c\u2b50\u2b55]"
+)
+_MODIFIERS = "[\ufe0f\U0001f3fb-\U0001f3ff]*"
+# one picture on the screen counts once: flags are two letters, families are pictures joined by U+200D
+_EMOJI = re.compile(
+    f"[\U0001f1e6-\U0001f1ff]{{2}}|{_PICTURE}{_MODIFIERS}(?:\u200d[\u2640\u2642{_PICTURE[1:-1]}]{_MODIFIERS})*"
+)
+_WORD = re.compile(r"\w+(?:['’]\w+)*")
+
+# "as an AI", "I am a language model", "being an artificial intelligence", "as a virtual assistant", ...
+_MACHINE = (
+    r"(?:AI\b|(?:large\s+)?language\s+model|artificial\s+(?:intelligence|agent|system)|chat\s*bot"
+    r"|software\s+(?:system|program)|computer\s+program|machine\s+learning\s+model"
+    r"|(?:digital|virtual|automated|online|AI|text-based)\s+assistant)"
+)
+_AI_PHRASE = re.compile(
+    rf"\b(?:as|being|I\s+am|I['’]m|I\s+am\s+(?:just|only)|I['’]m\s+(?:just|only))"
+    rf"\s+(?:an?|just\s+an?|only\s+an?)\s+(?:[\w-]+\s+){{0,2}}?{_MACHINE}",
+    re.IGNORECASE,
+)
+
+
+def count_questions(text: str) -> int:
+    """Question marks, full-width ones included."""
+    return text.count("?") + text.count("？")
+
+
+def count_exclamations(text: str) -> int:
+    """Exclamation marks, full-width ones included."""
+    return text.count("!") + text.count("！")
+
+
+def count_emoji(text: str) -> int:
+    """Emoji as seen on the screen: a flag, a skin tone or a joined family counts once."""
+    return len(_EMOJI.findall(text))
+
+
+def count_apostrophes(text: str) -> int:
+    """Straight and curly apostrophes (contractions, mostly)."""
+    return text.count("'") + text.count("’")
+
+
+def count_words(text: str) -> int:
+    """Words; "don't" is one."""
+    return len(_WORD.findall(text))
+
+
+def has_ai_phrase(text: str) -> bool:
+    """Whether the text disclaims being human: "as an AI", "I'm just a language model", and the like."""
+    return _AI_PHRASE.search(text) is not None
+
+
+def distinct_n(texts: Sequence[str], n: int = 2) -> float:
+    """Distinct word n-grams over all word n-grams of the texts together (arXiv:1510.03055, section 5.2).
+
+    Case is ignored; n-grams do not cross from one text into the next. Longer texts score lower by nature.
+
+    Returns:
+        0 (one n-gram again and again) to 1 (none twice); 0 where no text has n words.
+    """
+    ngrams = []
+    for text in texts:
+        words = [word.lower() for word in _WORD.findall(text)]
+        ngrams += zip(*(words[i:] for i in range(n)), strict=False)
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+# the one-feature rankers: higher is predicted to be the chosen completion
+RANKERS: dict[str, Callable[[str], float]] = {
+    "question_marks": count_questions,
+    "exclamation_marks": count_exclamations,
+    "emoji": count_emoji,
+    "apostrophes": count_apostrophes,
+    "length_in_words": count_words,
+    "no_ai_phrase": lambda text: -float(has_ai_phrase(text)),
+}
+
+RANKER_LABELS = {
+    **{name: name.replace("_", " ") for name in RANKERS},
+    "no_ai_phrase": "no “as an AI” phrase",
+    "base_log_prob": "log-prob under base",
+    "dpo": "DPO's implicit reward",
+    "ppo": "PPO's implicit reward",
+    "reward_model": "reward model",
+}

@@ -1,0 +1,64 @@
+"""Compute the frozen base's log-prob of every chosen and rejected completion, once.
+
+Reads   models/base, data/tokenized/pairs_{train,heldout}.parquet
+Writes  data/reference_logps                   summed log-probs per row, and what they were computed from
+        reports/reference_logps/metrics.json   counts and mean log-probs
+        reports/reference_logps/run.json       seconds, tokens/s, memory, versions
+
+Run     dvc repro reference_logps              (untracked: python -m stages.reference_logps)
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.lib.artefacts import read_parquet, round_floats, write_json
+from stages.lib.logps import completion_logps
+from stages.lib.models import freeze, load_causal_lm, pick_device, pick_precision
+from stages.lib.params import Base, require
+from stages.lib.reference import FOLDER, SPLITS, fingerprint, write_reference_logps
+from stages.lib.run_stage import run_stage
+
+
+@dataclass(frozen=True)
+class Params:
+    micro_batch_tokens: int  # memory dial: tokens per forward pass
+
+    def __post_init__(self):
+        require(self.micro_batch_tokens > 0, "micro_batch_tokens must be positive")
+
+
+def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
+    device = pick_device()
+    precision = pick_precision(base.precision, device)
+    model = freeze(load_causal_lm(root / "models/base", device))
+
+    logps, metrics, tokens = {}, {}, 0
+    for split in SPLITS:
+        pairs = read_parquet(root / f"data/tokenized/pairs_{split}.parquet")
+        prompts = pairs["prompt_input_ids"] * 2
+        completions = pairs["chosen_input_ids"] + pairs["rejected_input_ids"]
+        both = completion_logps(
+            model, prompts, completions, params.micro_batch_tokens, precision, f"reference {split}"
+        ).tolist()
+        count = len(pairs["row"])
+        logps[split] = {
+            "row": pairs["row"],
+            "prompt_id": pairs["prompt_id"],
+            "chosen_logps": both[:count],
+            "rejected_logps": both[count:],
+        }
+        metrics[split] = {
+            "pairs": count,
+            "logps/chosen": sum(both[:count]) / count,
+            "logps/rejected": sum(both[count:]) / count,
+        }
+        tokens += sum(map(len, prompts)) + sum(map(len, completions))
+
+    write_reference_logps(root, logps, fingerprint(root, precision))
+    write_json(root / "reports/reference_logps/metrics.json", round_floats(metrics))
+    print(f"wrote {FOLDER}: {sum(m['pairs'] for m in metrics.values())} pairs")
+    return {"tokens": tokens, "device": device.type, "precision": precision}
+
+
+if __name__ == "__main__":
+    run_stage("reference_logps", main, Params)

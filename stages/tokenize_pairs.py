@@ -1,0 +1,107 @@
+"""Apply the chat template and make token ids for DPO, the reward model and PPO.
+
+Reads   data/pairs, models/base                           texts; tokenizer and chat template
+Writes  data/tokenized/pairs_{train,heldout}.parquet      row, prompt_id, {prompt,chosen,rejected}_input_ids
+        data/tokenized/reward_{train,heldout}.parquet     row, prompt_id, chosen_ids, rejected_ids; end in EOS
+        data/tokenized/prompts_{train,heldout}.parquet    prompt_id, prompt, input_ids; one row a prompt
+        data/tokenized/unseen.parquet                     row, prompt_input_ids, response_input_ids
+        reports/tokenize_pairs/metrics.json               lengths, truncations, rows dropped
+        reports/tokenize_pairs/run.json                   seconds, tokens/s, memory, versions
+
+Run     dvc repro tokenize_pairs                          (untracked: python -m stages.tokenize_pairs)
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from stages.lib.artefacts import read_parquet, round_floats, write_json, write_parquet
+from stages.lib.chat import generation_header_ids, special_token_pattern, truncate
+from stages.lib.models import load_tokenizer
+from stages.lib.params import Base, read_params, require
+from stages.lib.run_stage import run_stage
+from stages.lib.token_tables import (
+    count_cuts,
+    length_statistics,
+    pair_columns,
+    prompt_columns,
+    reward_columns,
+    rows_of,
+    text_columns,
+    token_ids,
+    without_special_tokens,
+)
+
+SOURCES = ("train", "heldout", "unseen")
+
+
+@dataclass(frozen=True)
+class Params:
+    max_prompt_length: int  # tokens; a longer prompt keeps its end
+    max_completion_length: int | None  # tokens; a longer completion keeps its beginning
+    max_length: int  # tokens of both; the completion loses its end
+
+    def __post_init__(self) -> None:
+        require(self.max_prompt_length >= 1, "max_prompt_length must be at least 1")
+        limit = self.max_completion_length
+        require(limit is None or limit >= 1, "max_completion_length must be at least 1, or null for no limit")
+        require(
+            self.max_length > self.max_prompt_length,
+            f"max_length ({self.max_length}) must be above max_prompt_length ({self.max_prompt_length}), "
+            "or no completion fits",
+        )
+
+
+def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
+    tokenizer = load_tokenizer(root / "models/base")
+    num_header_tokens = len(generation_header_ids(tokenizer))
+    require(
+        params.max_prompt_length >= num_header_tokens,
+        f"params.yaml: tokenize_pairs.max_prompt_length must hold the {num_header_tokens} tokens before an answer",
+    )
+    on_bad_row = read_params(root).get("fetch_pairs", {}).get("on_bad_row")
+    pattern = special_token_pattern(tokenizer)
+    read = {name: rows_of(read_parquet(root / f"data/pairs/{name}.parquet")) for name in SOURCES}
+    rows = {
+        name: without_special_tokens(read[name], pattern, f"data/pairs/{name}.parquet", on_bad_row)
+        for name in SOURCES
+    }
+
+    limits = (params.max_prompt_length, params.max_completion_length, params.max_length)
+    cuts: Counter[str] = Counter()
+    ids = {}
+    for name in SOURCES:
+        progress = tqdm(rows[name], f"tokenize {name}", mininterval=1, unit=" rows")
+        whole = [token_ids(row, tokenizer) for row in progress]
+        cuts.update(count_cuts(whole, *limits))
+        ids[name] = [truncate(row, *limits) for row in whole]
+
+    folder = root / "data/tokenized"
+    for split in ("train", "heldout"):
+        write_parquet(folder / f"pairs_{split}.parquet", pair_columns(rows[split], ids[split]))
+        reward = reward_columns(rows[split], ids[split], tokenizer.eos_token_id)
+        write_parquet(folder / f"reward_{split}.parquet", reward)
+        write_parquet(folder / f"prompts_{split}.parquet", prompt_columns(rows[split], ids[split]))
+    write_parquet(folder / "unseen.parquet", text_columns(rows["unseen"], ids["unseen"]))
+    lost = sum(len(read[name]) - len(rows[name]) for name in SOURCES)
+    metrics = {
+        "read": sum(map(len, read.values())),
+        "kept": sum(map(len, rows.values())),
+        "dropped": {"special_token": lost} if lost else {},
+        "cut": dict(cuts),
+        "lengths": length_statistics([row for name in SOURCES for row in ids[name]]),
+        "train_pairs": len(rows["train"]),
+        "heldout_pairs": len(rows["heldout"]),
+        "unseen_texts": len(rows["unseen"]),
+    }
+    write_json(root / "reports/tokenize_pairs/metrics.json", round_floats(metrics))
+    print(f"wrote data/tokenized: {metrics['kept']} of {metrics['read']} rows, {sum(cuts.values())} texts cut")
+    print("wrote reports/tokenize_pairs/metrics.json")
+    return {"tokens": sum(len(column) for name in SOURCES for row in ids[name] for column in row.values())}
+
+
+if __name__ == "__main__":
+    run_stage("tokenize_pairs", main, Params)

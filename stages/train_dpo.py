@@ -1,0 +1,298 @@
+"""Train the policy with DPO (arXiv:2305.18290) against the frozen base.
+
+Reads   models/base, data/tokenized/pairs_{train,heldout}.parquet, data/reference_logps
+Writes  models/dpo                          policy weights and tokenizer
+        reports/train_dpo/history.csv       one row per optimizer step
+        reports/train_dpo/heldout.csv       one row per evaluation on held-out pairs
+        reports/train_dpo/metrics.json      held-out numbers after the last step
+        reports/train_dpo/run.json          seconds, tokens/s, memory, versions
+
+Run     dvc repro train_dpo                 (untracked: python -m stages.train_dpo)
+        LAUNCH="torchrun --nproc_per_node 4" dvc repro train_dpo    the same result but for rounding
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, get_scheduler
+
+from stages.lib.artefacts import read_parquet, round_floats, write_history, write_json
+from stages.lib.attention import use_packed_attention
+from stages.lib.batches import micro_batches_of_process, pack
+from stages.lib.checkpoints import Checkpoints
+from stages.lib.dpo import dpo_losses, implicit_rewards, ipo_losses, sft_losses
+from stages.lib.errors import UserError
+from stages.lib.logps import CompletionLogps, shares_prompts
+from stages.lib.models import (
+    load_causal_lm,
+    load_tokenizer,
+    make_accelerator,
+    pick_device,
+    pick_precision,
+    save_model,
+    set_seed,
+)
+from stages.lib.params import Base, require
+from stages.lib.reference import read_reference_logps
+from stages.lib.run_stage import run_stage
+from stages.lib.tracking import tracked
+
+
+@dataclass(frozen=True)
+class Params:
+    loss: Literal["sigmoid", "ipo"]  # DPO, or IPO
+    beta: float  # implicit-reward temperature
+    label_smoothing: float  # cDPO: assumed share of flipped preferences
+    sft_coef: float  # weight of the SFT term on chosen completions
+    learning_rate: float  # peak, after warm-up
+    schedule: Literal["constant", "linear", "cosine"]  # after warm-up
+    warmup_steps: int
+    weight_decay: float  # decoupled
+    max_grad_norm: float | None  # clipping, or none
+    epochs: int
+    batch_size: int  # pairs per optimizer step, over all processes
+    eval_steps: int  # held-out evaluation every so many steps; 0: only after the last
+    micro_batch_tokens: int  # memory dial: tokens per forward and backward pass
+
+    def __post_init__(self):
+        for name in ("beta", "learning_rate", "epochs", "batch_size", "micro_batch_tokens"):
+            require(getattr(self, name) > 0, f"{name} must be positive")
+        for name in ("sft_coef", "warmup_steps", "weight_decay", "eval_steps"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative")
+        require(0 <= self.label_smoothing < 0.5, "label_smoothing must be at least 0 and below 0.5")
+        require(not (self.label_smoothing and self.loss == "ipo"), "label_smoothing belongs to the sigmoid loss")
+        require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm must be positive or null")
+
+
+class Pairs:
+    """Tokenized pairs with their reference log-probs, row i of one being row i of the other."""
+
+    def __init__(self, root: Path, split: str):
+        columns = read_parquet(root / f"data/tokenized/pairs_{split}.parquet")
+        reference = read_reference_logps(root, split)
+        if reference["row"] != columns["row"]:
+            raise UserError(f"data/reference_logps: other rows than data/tokenized/pairs_{split}.parquet")
+        self.rows: list[int] = columns["row"]
+        self.prompts: list[list[int]] = columns["prompt_input_ids"]
+        self.chosen: list[list[int]] = columns["chosen_input_ids"]
+        self.rejected: list[list[int]] = columns["rejected_input_ids"]
+        self.ref_chosen_logps = torch.tensor(reference["chosen_logps"])
+        self.ref_rejected_logps = torch.tensor(reference["rejected_logps"])
+        self.chosen_lengths = torch.tensor([len(ids) for ids in self.chosen])
+        self.rejected_lengths = torch.tensor([len(ids) for ids in self.rejected])
+        #: tokens that training on each pair puts through the model
+        self.lengths = [
+            2 * len(p) + len(c) + len(r) for p, c, r in zip(self.prompts, self.chosen, self.rejected, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def batches_of(num_pairs: int, params: Params, seed: int) -> Iterator[tuple[float, list[int]]]:
+    """(epoch after the batch, pair indices) per optimizer step: each epoch a fresh random order from the seed.
+
+    The last batch of an epoch may be smaller; no pair is left out.
+    """
+    for epoch in range(params.epochs):
+        generator = torch.Generator().manual_seed(seed + epoch)
+        order = torch.randperm(num_pairs, generator=generator).tolist()
+        for start in range(0, num_pairs, params.batch_size):
+            end = min(start + params.batch_size, num_pairs)
+            yield epoch + end / num_pairs, order[start:end]
+
+
+def losses_and_metrics(
+    params: Params, pairs: Pairs, index: list[int], chosen_logps: Tensor, rejected_logps: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B,) losses with gradient, and (B,) of each metric without, for the pairs at `index`."""
+    device = chosen_logps.device
+    ref_chosen_logps = pairs.ref_chosen_logps[index].to(device)
+    ref_rejected_logps = pairs.ref_rejected_logps[index].to(device)
+    chosen_lengths = pairs.chosen_lengths[index].to(device)
+    rejected_lengths = pairs.rejected_lengths[index].to(device)
+
+    logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    if params.loss == "sigmoid":
+        losses = dpo_losses(*logps, params.beta, params.label_smoothing)
+    else:
+        lengths = (chosen_lengths, rejected_lengths) * 2
+        losses = ipo_losses(*(x / n for x, n in zip(logps, lengths, strict=True)), params.beta)
+    if params.sft_coef:
+        losses = losses + params.sft_coef * sft_losses(chosen_logps, chosen_lengths)
+
+    chosen_rewards, rejected_rewards = implicit_rewards(*(x.detach() for x in logps), params.beta)
+    metrics = {
+        "loss": losses.detach(),
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+        "logps/chosen": chosen_logps.detach(),
+        "logps/rejected": rejected_logps.detach(),
+    }
+    return losses, metrics
+
+
+def run_batch(
+    accelerator: Accelerator,
+    policy: torch.nn.Module,
+    params: Params,
+    pairs: Pairs,
+    index: list[int],
+    train: bool,
+) -> dict[str, float]:
+    """Log-probs, losses and, in training, gradients of the pairs at `index`, a micro-batch at a time.
+
+    Gradients are of the mean loss over `index`, whatever the micro-batches and the number of processes.
+
+    Returns:
+        Means over `index` of every metric, the same on all processes.
+    """
+    parts = micro_batches_of_process(
+        [pairs.lengths[i] for i in index],
+        params.micro_batch_tokens,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    totals: dict[str, Tensor] = {}
+    for number, (part, weight) in enumerate(parts):
+        rows = [index[i] for i in part]
+        prompts = [pairs.prompts[i] for i in rows]
+        completions = [pairs.chosen[i] for i in rows] + [pairs.rejected[i] for i in rows]
+        batch = pack(prompts * 2, completions, shares_prompts(accelerator.device)).to(accelerator.device)
+        last = number == len(parts) - 1
+        with nullcontext() if last or not train else accelerator.no_sync(policy):
+            chosen_logps, rejected_logps = policy(batch).chunk(2)
+            losses, metrics = losses_and_metrics(params, pairs, rows, chosen_logps, rejected_logps)
+            if train:
+                # data-parallel wrappers average over processes; the loss is a mean over the whole batch
+                share = weight * accelerator.num_processes / len(index)
+                accelerator.backward(losses.sum() * share)
+        for name, values in metrics.items():
+            totals[name] = totals.get(name, 0.0) + weight * values.double().sum()
+    sums = accelerator.reduce(torch.stack(list(totals.values())), reduction="sum")
+    return dict(zip(totals, (sums / len(index)).tolist(), strict=True))
+
+
+def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
+    device = pick_device()
+    precision = pick_precision(base.precision, device)
+    accelerator = make_accelerator(device, precision)
+    set_seed(base.seed)
+
+    train, heldout = Pairs(root, "train"), Pairs(root, "heldout")
+    model = load_causal_lm(root / "models/base", accelerator.device)
+    policy = CompletionLogps(model)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
+    )
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    num_steps = params.epochs * math.ceil(len(train) / params.batch_size)
+    schedule = "constant_with_warmup" if params.schedule == "constant" else params.schedule
+    scheduler = get_scheduler(schedule, optimizer.optimizer, params.warmup_steps, num_steps)
+
+    with Checkpoints("train_dpo", root, base, params) as checkpoints:
+        saved = checkpoints.load(
+            model=model, optimizer=optimizer.optimizer, scheduler=scheduler, scaler=accelerator.scaler
+        )
+        history: list[dict[str, float]] = saved.get("history", [])
+        evaluations: list[dict[str, float]] = saved.get("evaluations", [])
+        done = len(history)
+
+        def evaluate(step: int) -> None:
+            with torch.no_grad():
+                index = list(range(len(heldout)))
+                metrics = run_batch(accelerator, policy, params, heldout, index, train=False)
+            evaluations.append({"step": step, **metrics})
+
+        with use_packed_attention(model), tracked("train_dpo", params) as log:
+            if not done:
+                evaluate(0)
+            batches = islice(batches_of(len(train), params, base.seed), done, None)
+            bar = tqdm(
+                batches, "train_dpo", num_steps, initial=done, unit="step", disable=not accelerator.is_main_process
+            )
+            for step, (epoch, index) in enumerate(bar, start=done + 1):
+                # 1. Log-probs of both completions, loss and gradients, summed over micro-batches
+                metrics = run_batch(accelerator, policy, params, train, index, train=True)
+                if not math.isfinite(metrics["loss"]):
+                    raise non_finite_loss(root, step, [train.rows[i] for i in index], metrics)
+                # 2. One optimizer step on the mean gradient of the batch
+                grad_norm = accelerator.clip_grad_norm_(policy.parameters(), params.max_grad_norm or math.inf)
+                learning_rate = scheduler.get_last_lr()[0]
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+                # 3. What happened
+                history.append(
+                    {
+                        "step": step,
+                        "epoch": epoch,
+                        **metrics,
+                        "grad_norm": float(grad_norm),
+                        "learning_rate": learning_rate,
+                    }
+                )
+                log(history[-1])
+                bar.set_postfix(loss=f"{metrics['loss']:.3f}", margin=f"{metrics['rewards/margins']:.2f}")
+                if step == num_steps or (params.eval_steps and step % params.eval_steps == 0):
+                    evaluate(step)
+                checkpoints.save_if_due(history=history, evaluations=evaluations)
+
+        if accelerator.is_main_process:
+            write_results(root, model, history, evaluations, len(train), len(heldout))
+
+    tokens = params.epochs * sum(train.lengths) + len(evaluations) * sum(heldout.lengths)
+    return {
+        "tokens": tokens,
+        "device": device.type,
+        "processes": accelerator.num_processes,
+        "precision": precision,
+    }
+
+
+def write_results(
+    root: Path,
+    model: PreTrainedModel,
+    history: list[dict],
+    evaluations: list[dict],
+    num_train: int,
+    num_heldout: int,
+) -> None:
+    reports = root / "reports/train_dpo"
+    save_model(model, load_tokenizer(root / "models/base"), root / "models/dpo")
+    write_history(reports / "history.csv", round_floats(history, 8))
+    write_history(reports / "heldout.csv", round_floats(evaluations, 8))
+    metrics = {
+        "train_pairs": num_train,
+        "heldout_pairs": num_heldout,
+        "steps": len(history),
+        "heldout": {name: value for name, value in evaluations[-1].items() if name != "step"},
+        "step_0_loss": history[0]["loss"],
+    }
+    write_json(reports / "metrics.json", round_floats(metrics))
+    print(f"wrote models/dpo and {reports}: held-out accuracy {metrics['heldout']['rewards/accuracies']:.3f}")
+
+
+def non_finite_loss(root: Path, step: int, rows: list[int], metrics: dict[str, float]) -> UserError:
+    """The error that ends the run; what is needed to look at it is in checkpoints/train_dpo/non_finite.json."""
+    path = root / "checkpoints/train_dpo/non_finite.json"
+    write_json(path, {"step": step, "rows": rows, "metrics": {k: repr(v) for k, v in metrics.items()}})
+    return UserError(
+        f"step {step}: the loss is {metrics['loss']}; pairs of rows {rows}; see {path}. "
+        "Lower train_dpo.learning_rate or set train_dpo.max_grad_norm, or try base.precision=fp32"
+    )
+
+
+if __name__ == "__main__":
+    run_stage("train_dpo", main, Params)

@@ -1,0 +1,232 @@
+"""Train the reward model: a linear head on the frozen base, with TRL's RewardTrainer (Bradley-Terry loss).
+
+Reads   models/base, data/tokenized/reward_{train,heldout}.parquet
+Writes  models/reward                             AutoModelForSequenceClassification and tokenizer
+        reports/train_reward/history.csv          training and held-out figures, one row per logged step
+        reports/train_reward/heldout_scores.csv   both scores of every held-out pair
+        reports/train_reward/metrics.json         held-out accuracy and score gap
+        reports/train_reward/run.json             seconds, tokens/s, memory, versions
+
+Run     dvc repro train_reward                    (untracked: python -m stages.train_reward)
+
+The backbone never changes, so what the head reads is computed once per text and not once per epoch: the
+trainer sees those features, and fits the very head that an ordinary run over tokens would (a test compares).
+"""
+
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers.modeling_outputs import SequenceClassifierOutput
+from trl import RewardConfig, RewardTrainer
+
+from stages.lib.artefacts import read_parquet, round_floats, write_history, write_json
+from stages.lib.checkpoints import Checkpoints
+from stages.lib.models import freeze, load_tokenizer, pick_device, pick_precision, save_model, set_seed
+from stages.lib.params import Base, require
+from stages.lib.reward import new_reward_model, pooled_features
+from stages.lib.run_stage import run_stage
+
+CHUNK = 128  # texts between two chances to save their features
+HISTORY = ["loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"]  # TRL 1.12's own names
+
+
+@dataclass(frozen=True)
+class Params:
+    learning_rate: float  # of the linear head, decaying linearly to 0
+    epochs: int
+    batch_size: int  # pairs per optimizer step
+    logging_steps: int  # optimizer steps between rows of the history
+    micro_batch_tokens: int  # memory dial: tokens per forward pass of the backbone
+
+    def __post_init__(self):
+        for name in ("learning_rate", "epochs", "batch_size", "logging_steps", "micro_batch_tokens"):
+            require(getattr(self, name) > 0, f"{name} must be positive")
+
+
+class HeadOnFeatures(PreTrainedModel):
+    """A reward model's head, given what its frozen backbone made of each sequence."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, score: nn.Linear, tokenizer: PreTrainedTokenizerBase):
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        super().__init__(PreTrainedConfig(num_labels=1, **ids))
+        self.score = score
+
+    def forward(self, features: Tensor, **_) -> SequenceClassifierOutput:
+        """(B, H) features to (B, 1) scores."""
+        return SequenceClassifierOutput(logits=self.score(features))
+
+
+def collate_features(rows: list[dict]) -> dict[str, Tensor]:
+    """Chosen first, then rejected, as RewardTrainer splits them."""
+    features = [row["chosen_features"] for row in rows] + [row["rejected_features"] for row in rows]
+    tokens = [len(row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")]
+    # RewardTrainer sums the attention mask to count tokens
+    return {"features": torch.stack(features), "attention_mask": torch.tensor(tokens)}
+
+
+def features_of(
+    model: PreTrainedModel,
+    columns: dict[str, dict[str, list]],
+    params: Params,
+    precision: str,
+    checkpoints: Checkpoints,
+) -> dict[str, Dataset]:
+    """The pairs of each split with chosen_features and rejected_features (H,) beside their ids."""
+    features: dict[str, Tensor] = checkpoints.load()
+    datasets = {}
+    for split, pairs in columns.items():
+        dataset = {}
+        for side in ("chosen", "rejected"):
+            name, ids = f"{split} {side}", pairs[f"{side}_ids"]
+            done = features.setdefault(name, torch.empty(0, model.config.hidden_size))
+            starts = range(len(done), len(ids), CHUNK)
+            for start in tqdm(starts, f"{name} features", unit=f"{CHUNK} texts", disable=not starts):
+                chunk = pooled_features(model, ids[start : start + CHUNK], params.micro_batch_tokens, precision)
+                features[name] = torch.cat([features[name], chunk])
+                checkpoints.save_if_due(**features)
+            dataset |= {f"{side}_ids": ids, f"{side}_features": features[name].numpy()}
+        datasets[split] = Dataset.from_dict(dataset).with_format("torch")
+    return datasets
+
+
+def train_head(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    heldout: Dataset,
+    params: Params,
+    seed: int,
+) -> list[dict[str, float]]:
+    """Fits `model.score` in place on the features.
+
+    Returns:
+        The history: step, epoch, figures on the training batches since the last row, on held-out pairs (eval_).
+    """
+    num_steps = params.epochs * math.ceil(len(train) / params.batch_size)
+    logging_steps = min(params.logging_steps, num_steps)  # a short run has one row, not none
+    with tempfile.TemporaryDirectory() as scratch:  # the trainer saves nothing; we do, without its pickle
+        trainer = RewardTrainer(
+            model=HeadOnFeatures(model.score, tokenizer),
+            args=RewardConfig(
+                output_dir=scratch,
+                learning_rate=params.learning_rate,
+                num_train_epochs=params.epochs,
+                per_device_train_batch_size=params.batch_size,
+                per_device_eval_batch_size=len(heldout),  # one batch, so that its mean is over pairs
+                logging_steps=logging_steps,
+                eval_strategy="steps",
+                eval_steps=logging_steps,
+                seed=seed,
+                max_length=None,  # tokenize_pairs cuts; RewardTrainer would drop long pairs without a word
+                disable_dropout=True,
+                bf16=False,  # the head is one small product: fp32. The backbone ran in base.precision
+                activation_checkpointing=False,
+                disable_tqdm=True,  # seconds of work
+                remove_unused_columns=False,
+                save_strategy="no",
+                report_to="none",
+                use_cpu=model.device.type == "cpu",
+            ),
+            data_collator=collate_features,
+            train_dataset=train,
+            eval_dataset=heldout,
+            processing_class=tokenizer,
+        )
+        assert len(trainer.train_dataset) == len(train) and len(trainer.eval_dataset) == len(heldout)
+        trainer.remove_callback(PrinterCallback)  # history.csv has it
+        trainer.train()
+    return history_of(trainer.state.log_history)
+
+
+def history_of(log: list[dict[str, float]]) -> list[dict[str, float]]:
+    """One row per logged step out of the trainer's separate training and evaluation entries."""
+    heldout = {entry["step"]: entry for entry in log if "eval_loss" in entry}
+    history = []
+    for entry in log:
+        if "loss" in entry:
+            row = {name: entry[name] for name in ("step", "epoch", *HISTORY, "grad_norm", "learning_rate")}
+            row |= {f"eval_{name}": heldout[entry["step"]][f"eval_{name}"] for name in HISTORY}
+            history.append(row)
+    return history
+
+
+@torch.no_grad()
+def heldout_figures(chosen_scores: Tensor, rejected_scores: Tensor) -> dict[str, float]:
+    """Means over held-out pairs; a tie counts as wrong."""
+    margins = chosen_scores - rejected_scores
+    return {
+        "accuracy": (margins > 0).float().mean().item(),
+        "margin": margins.mean().item(),
+        "chosen_score": chosen_scores.mean().item(),
+        "rejected_score": rejected_scores.mean().item(),
+        "loss": -nn.functional.logsigmoid(margins).mean().item(),
+    }
+
+
+def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
+    device = pick_device()
+    precision = pick_precision(base.precision, device)
+    columns = {
+        split: read_parquet(root / f"data/tokenized/reward_{split}.parquet") for split in ("train", "heldout")
+    }
+    tokenizer = load_tokenizer(root / "models/base")
+
+    # 1. The base with a fresh head; all but the head frozen
+    set_seed(base.seed)
+    model = freeze(new_reward_model(root / "models/base", tokenizer.pad_token_id)).to(device)
+    model.score.requires_grad_(True)
+
+    with Checkpoints("train_reward", root, base, params) as checkpoints:
+        # 2. What the head will read, once
+        datasets = features_of(model, columns, params, precision, checkpoints)
+        train, heldout = datasets["train"], datasets["heldout"]
+
+        # 3. The head
+        history = train_head(model, tokenizer, train, heldout, params, base.seed)
+
+        # 4. Held-out scores and reports
+        weight = model.score.weight.detach().cpu().squeeze(0)
+        chosen_scores = heldout["chosen_features"][:] @ weight
+        rejected_scores = heldout["rejected_features"][:] @ weight
+        metrics = {
+            "train_pairs": len(train),
+            "heldout_pairs": len(heldout),
+            "steps": params.epochs * math.ceil(len(train) / params.batch_size),
+            "heldout": heldout_figures(chosen_scores, rejected_scores),
+        }
+        scores = zip(
+            columns["heldout"]["row"],
+            columns["heldout"]["prompt_id"],
+            chosen_scores.tolist(),
+            rejected_scores.tolist(),
+            strict=True,
+        )
+        names = ("row", "prompt_id", "chosen_score", "rejected_score")
+        reports = root / "reports/train_reward"
+        save_model(model, tokenizer, root / "models/reward")
+        write_history(reports / "history.csv", round_floats(history, 8))
+        write_history(
+            reports / "heldout_scores.csv", round_floats([dict(zip(names, row, strict=True)) for row in scores], 8)
+        )
+        write_json(reports / "metrics.json", round_floats(metrics))
+        print(
+            f"wrote models/reward and {reports}: held-out accuracy {metrics['heldout']['accuracy']:.3f}, "
+            f"score gap {metrics['heldout']['margin']:.2f} over {len(heldout)} pairs"
+        )
+    tokens = sum(
+        len(ids) for split in columns.values() for side in ("chosen_ids", "rejected_ids") for ids in split[side]
+    )
+    return {"tokens": tokens, "device": device.type, "precision": precision}
+
+
+if __name__ == "__main__":
+    run_stage("train_reward", main, Params)

@@ -1,0 +1,139 @@
+"""Fixtures without network or GPU: a tiny ChatML tokenizer and a tiny random Llama that agree with each other."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# the same examples every run, and no time limit on one: a busy machine is no failure
+settings.register_profile("project", deadline=None, derandomize=True)
+settings.load_profile("project")
+
+REPO = Path(__file__).resolve().parent.parent
+PLANTED_TOKEN = "hf_" + "PlantedByTheTests"  # in the environment of the smoke run, and to be in none of its files
+
+# SmolLM2's template: a default system message, and every turn ends in <|im_end|> and a newline
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _process_as_at_its_start():
+    torch.set_num_threads(1)  # tiny models gain nothing from more, and tests may run beside other work
+    torch.set_flush_denormal(False)  # pick_device turns it on; hypothesis needs the smallest floats
+
+
+@pytest.fixture(scope="session")
+def embedded_pairs() -> list[dict]:
+    """The embedded data set's rows: topic, prompt, chosen, rejected."""
+    lines = (REPO / "data/pairs_embedded.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(embedded_pairs) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 512 tokens with SmolLM2's special tokens (ids 0, 1, 2) and template; pad is not EOS."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([row["chosen"] for row in embedded_pairs[:100]], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    fast.chat_template = CHATML
+    return fast
+
+
+@pytest.fixture
+def tiny_model(tokenizer) -> LlamaForCausalLM:
+    """A random Llama shaped like SmolLM (2 layers, 4 heads over 2 KV heads, tied embeddings), fp32, eval."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def tiny_base(tiny_model, tokenizer, tmp_path) -> Path:
+    """A project root whose models/base holds the tiny model and tokenizer, as fetch_base would leave it."""
+    tiny_model.save_pretrained(tmp_path / "models/base")
+    tokenizer.save_pretrained(tmp_path / "models/base")
+    return tmp_path
+
+
+def dvc(root: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs `dvc ARGUMENTS` in `root` as a user with the environment activated would."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "dvc", *arguments]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    if check and result.returncode != 0:
+        raise AssertionError(
+            f"dvc {' '.join(arguments)} failed:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+        )
+    return result
+
+
+def copy_of_project(target: Path) -> Path:
+    """The project as it stands, tracked and new files alike, as a Git repository of its own."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in listed.stdout.splitlines():
+        if (REPO / name).is_file():  # a file deleted but not yet committed is still listed
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPO / name, target / name)
+    for command in (
+        ["init", "-q", "-b", "main"],
+        ["add", "-A"],
+        ["commit", "-q", "-m", "The project as it stands"],
+    ):
+        identity = ["-c", "user.name=Test", "-c", "user.email=test@example.org"]
+        subprocess.run(["git", *identity, *command], cwd=target, check=True)
+    for name, value in (("user.name", "Test"), ("user.email", "test@example.org")):
+        subprocess.run(["git", "config", name, value], cwd=target, check=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def smoke_project(tmp_path_factory) -> Path:
+    """A fresh clone in which the smoke recipe has run through real DVC, as the README says to run it."""
+    root = copy_of_project(tmp_path_factory.mktemp("smoke"))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HF_TOKEN", PLANTED_TOKEN)
+        dvc(root, "exp", "run", *(root / "recipes/smoke.txt").read_text().split())
+    return root

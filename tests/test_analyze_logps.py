@@ -1,0 +1,196 @@
+"""The stage on tiny models: log-probs by definition, what is reused, what is written, and that it repeats."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import stages.analyze_logps as stage
+from stages.analyze_logps import Params, main
+from stages.lib.artefacts import write_parquet
+from stages.lib.chat import render_completion, text_ids
+from stages.lib.errors import UserError
+from stages.lib.logps import completion_logps, get_log_prob
+from stages.lib.params import Base
+from stages.lib.reference import fingerprint, write_reference_logps
+from stages.lib.token_tables import token_ids
+
+BASE = Base(seed=3, precision="fp32")
+PARAMS = Params(max_train_pairs=10, micro_batch_tokens=2048, bootstrap_samples=50, confidence=0.9)
+SIZES = {"train": 14, "heldout": 6}
+
+
+@pytest.fixture(scope="module")
+def prepared(tokenizer, embedded_pairs, tmp_path_factory):
+    """A project root as the earlier stages leave it; DPO and PPO are the tiny base, disturbed."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    root = tmp_path_factory.mktemp("root")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name in ("base", "dpo", "ppo"):
+        model.save_pretrained(root / "models" / name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    base = AutoModelForCausalLM.from_pretrained(root / "models/base").eval()
+
+    logps, first = {}, 0
+    for split, size in SIZES.items():
+        rows = embedded_pairs[first : first + size]
+        numbers = list(range(first + 1, first + size + 1))
+        first += size
+        ids = [token_ids({"row": 0} | row, tokenizer) for row in rows]
+        keys = {"row": numbers, "prompt_id": [n + 100 for n in numbers]}
+        tokens = {name: [each[name] for each in ids] for name in ids[0]}
+        write_parquet(root / f"data/tokenized/pairs_{split}.parquet", keys | tokens)
+        words = {name: [row[name] for row in rows] for name in ("prompt", "chosen", "rejected")}
+        write_parquet(root / f"data/pairs/{split}.parquet", keys | words)
+        logps[split] = dict(keys)
+        for side in ("chosen", "rejected"):
+            summed = completion_logps(base, tokens["prompt_input_ids"], tokens[f"{side}_input_ids"], 2048, "fp32")
+            logps[split][f"{side}_logps"] = summed.tolist()
+    write_reference_logps(root, logps, fingerprint(root, "fp32"))
+
+    unseen = [
+        render_completion(
+            [{"role": "user", "content": f"Question {i}?"}],
+            [{"role": "assistant", "content": f"Plain answer number {i * i}."}],
+            tokenizer,
+            "unseen",
+        )
+        for i in range(5)
+    ]
+    columns = {
+        "row": [1, 2, 3, 4, 5],
+        "prompt_input_ids": [text_ids(prompt, tokenizer) for prompt, _ in unseen],
+        "response_input_ids": [text_ids(response, tokenizer) for _, response in unseen],
+    }
+    write_parquet(root / "data/tokenized/unseen.parquet", columns)
+
+    rng = np.random.default_rng(0)
+    steps = {"step": [1, 2, 3], "rewards/margins": [0.1, 2.0, 3.0], "rewards/accuracies": [0.5, 0.9, 1.0]}
+    tables = {
+        "train_dpo/history.csv": steps,
+        "train_dpo/heldout.csv": steps,
+        "train_reward/heldout_scores.csv": {
+            "row": list(range(15, 21)),
+            "prompt_id": list(range(115, 121)),
+            "chosen_score": rng.normal(1, 1, 6),
+            "rejected_score": rng.normal(0, 1, 6),
+        },
+        "train_ppo/history.csv": {
+            "episode": [16, 32],
+            "objective/kl": [0.0, 0.3],
+            "objective/scores": [-1.0, 0.5],
+        },
+        "train_ppo/heldout_scores.csv": {
+            "prompt_id": [115, 116, 117],
+            "score_before": [0.1, 0.4, -0.3],
+            "score_after": [0.6, 0.2, 0.9],
+        },
+    }
+    for path, table in tables.items():
+        (root / "reports" / path).parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(table).to_csv(root / "reports" / path, index=False)
+    return root
+
+
+def reports(root):
+    return {path.name: path.read_bytes() for path in (root / "reports/analyze_logps").iterdir()}
+
+
+def test_the_stage_writes_what_it_promises_and_the_same_bytes_again(prepared):
+    main(BASE, PARAMS, prepared)
+    first = reports(prepared)
+    pictures = {"densities", "ecdf", "displacement", "rankers", "margins", "scores", "score_kl"}
+    curves = {"quantiles", "displacement", "rankers"}
+    expected = {"logps.parquet", "metrics.json", "answer.md"}
+    assert set(first) == expected | {f"{name}.png" for name in pictures} | {f"{name}.csv" for name in curves}
+    assert all(first[f"{name}.png"].startswith(b"\x89PNG") for name in pictures)
+
+    metrics = json.loads(first["metrics.json"])
+    counts = {"train_pairs": 10, "heldout_pairs": 6, "unseen_texts": 5}
+    assert {name: metrics[name] for name in counts} == counts
+    for name in ("auc_heldout", "auc_unseen", "did", "auc_change", "displaced_train", "rewards/accuracies"):
+        estimate = metrics["dpo"]
+        assert estimate[f"{name}_low"] <= estimate[name] <= estimate[f"{name}_high"]
+    assert "90 %" in first["answer.md"].decode()
+
+    main(BASE, PARAMS, prepared)
+    assert reports(prepared) == first
+
+
+def test_log_probs_are_those_of_the_definition_for_every_model(prepared):
+    from transformers import AutoModelForCausalLM
+
+    main(BASE, PARAMS, prepared)
+    logps = pq.read_table(prepared / "reports/analyze_logps/logps.parquet").to_pandas()
+    assert len(logps) == 3 * (2 * 10 + 2 * 6 + 5)
+    assert logps["prompt_id"].isna().equals(logps["group"] == "unseen")
+    heldout = pq.read_table(prepared / "data/tokenized/pairs_heldout.parquet").to_pydict()
+    for name in ("base", "dpo", "ppo"):
+        model = AutoModelForCausalLM.from_pretrained(prepared / "models" / name).eval()
+        prompt, completion = heldout["prompt_input_ids"][2], heldout["rejected_input_ids"][2]
+        ids = torch.tensor([prompt + completion])
+        mask = torch.tensor([[0] * len(prompt) + [1] * len(completion)])
+        with torch.no_grad():
+            expected = get_log_prob(model(ids).logits, ids, mask).item()
+        where = (logps["model"] == name) & (logps["group"] == "heldout_rejected") & (logps["row"] == 17)
+        (found,) = logps[where].to_dict("records")
+        assert found["logp"] == pytest.approx(expected, rel=1e-4)
+        assert found["tokens"] == len(completion)
+        assert found["logp_per_token"] == pytest.approx(expected / len(completion), rel=1e-4)
+
+
+def test_base_is_run_on_the_unseen_texts_alone(prepared, monkeypatch):
+    seen = []
+
+    def spy(model, prompts, *rest):
+        seen.append(len(prompts))
+        return completion_logps(model, prompts, *rest)
+
+    monkeypatch.setattr(stage, "completion_logps", spy)
+    main(BASE, PARAMS, prepared)
+    assert seen == [5, 37, 37]
+
+
+def test_training_pairs_are_drawn_by_seed(prepared):
+    def rows(seed, count):
+        texts = stage.collect_texts(prepared, count, seed)
+        return texts[texts["group"] == "train_chosen"]["row"].tolist()
+
+    assert rows(1, 10) == rows(1, 10) != rows(2, 10)
+    assert rows(1, None) == rows(1, 99) == list(range(1, 15))
+
+
+def test_log_probs_of_another_base_are_refused(prepared):
+    path = prepared / "models/base/config.json"
+    before = path.read_text()
+    path.write_text(before + " ")
+    try:
+        with pytest.raises(UserError, match="reference_logps"):
+            main(BASE, PARAMS, prepared)
+    finally:
+        path.write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_train_pairs", 0), ("micro_batch_tokens", 0), ("bootstrap_samples", 0), ("confidence", 1.0)],
+)
+def test_bad_parameters_are_named(key, value):
+    with pytest.raises(UserError, match=key):
+        Params(**(vars(PARAMS) | {key: value}))

@@ -1,0 +1,167 @@
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stages.fetch_pairs import Params, main
+from stages.lib.artefacts import read_json, read_parquet, sha256_of_file
+from stages.lib.errors import UserError
+from stages.lib.pairs import normalise_prompt
+from stages.lib.params import Base, load_params
+from tests.conftest import REPO
+
+BASE = Base(seed=42, precision="fp32")
+SPLITS = ("train", "heldout")
+
+
+def settings_of(**changes):
+    values = dict(
+        hub_id=None, revision="main", path="pairs.jsonl", unseen_hub_id=None, unseen_revision="main",
+        unseen_path="unseen.jsonl", on_bad_row="error", max_pairs=None, holdout_fraction=0.1,
+    )  # fmt: skip
+    return Params(**(values | changes))
+
+
+def pair(prompt, chosen="c", rejected="r"):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def root_with(folder, rows, unseen=({"prompt": "Unseen", "response": "Text"},)):
+    for name, items in (("pairs.jsonl", rows), ("unseen.jsonl", unseen)):
+        (folder / name).write_text("".join(json.dumps(item) + "\n" for item in items))
+    return folder
+
+
+def outputs(root):
+    tables = {name: read_parquet(root / f"data/pairs/{name}.parquet") for name in (*SPLITS, "unseen")}
+    return tables, read_json(root / "reports/fetch_pairs/metrics.json")
+
+
+def test_the_embedded_data_by_the_committed_parameters(tmp_path):
+    params = load_params("fetch_pairs", Params, REPO)
+    (tmp_path / "data").mkdir()
+    for path in (params.path, params.unseen_path):
+        (tmp_path / path).write_bytes((REPO / path).read_bytes())
+    main(BASE, params, tmp_path)
+    tables, metrics = outputs(tmp_path)
+    assert metrics["read"] == metrics["kept"] == metrics["train_pairs"] + metrics["heldout_pairs"] == 336
+    assert metrics["heldout_pairs"] == 34 and metrics["unseen_texts"] == 160 and metrics["dropped"] == {}
+    assert metrics["sha256"] == sha256_of_file(tmp_path / params.path)
+    assert list(tables["train"]) == ["row", "prompt_id", "prompt", "chosen", "rejected"]
+    lines = (tmp_path / params.path).read_text(encoding="utf-8").split("\n")
+    for split in SPLITS:
+        for row, chosen in zip(tables[split]["row"], tables[split]["chosen"], strict=True):
+            assert json.loads(lines[row - 1])["chosen"] == chosen
+
+
+def test_no_prompt_is_on_both_sides(tmp_path):
+    # 30 prompts, each in three spellings
+    rows = [pair(f"Question {i}{end}", f"c{i}{end}") for end in ("?", " ", "!!") for i in range(30)]
+    rows += [pair(f"QUESTION  {i}", f"C{i}") for i in range(30)]
+    main(BASE, settings_of(), root_with(tmp_path, rows))
+    tables, metrics = outputs(tmp_path)
+    sides = [{normalise_prompt(prompt) for prompt in tables[split]["prompt"]} for split in SPLITS]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 30
+    assert not set(tables["train"]["prompt_id"]) & set(tables["heldout"]["prompt_id"])
+    assert metrics["heldout_prompts"] == 3 and metrics["heldout_pairs"] == 12
+    assert metrics["repeated_prompts"] == 90
+
+
+def test_counts_of_a_dirty_file_worked_by_hand(tmp_path):
+    rows = [pair(f"p{i}") for i in range(10)]
+    rows += [pair("p0"), pair("p1"), pair("p2", "other"), pair(""), pair(None), {"prompt": "x"}, pair("x", "r"), 3]
+    unseen = [
+        {"prompt": "P3!", "response": "t"},
+        {"prompt": "new", "response": "t"},
+        {"prompt": "new", "response": "t"},
+    ]
+    main(BASE, settings_of(on_bad_row="drop", max_pairs=8), root_with(tmp_path, rows, unseen))
+    metrics = outputs(tmp_path)[1]
+    assert metrics["read"] == 18 and metrics["kept"] == 8
+    assert metrics["dropped"] == {
+        "empty": 1, "null": 1, "missing_column": 1, "chosen_is_rejected": 1, "not_an_object": 1,
+        "duplicate": 2, "over_max_pairs": 3,
+    }  # fmt: skip
+    unseen_dropped = metrics["unseen"]["dropped"]
+    assert metrics["unseen"]["read"] == 3 == metrics["unseen_texts"] + sum(unseen_dropped.values())
+    assert unseen_dropped["duplicate"] == 1
+
+
+def test_an_unseen_text_whose_prompt_is_trained_on_is_left_out(tmp_path):
+    unseen = [{"prompt": "P3!", "response": "t"}, {"prompt": "new", "response": "t"}]
+    main(BASE, settings_of(), root_with(tmp_path, [pair(f"p{i}") for i in range(9)], unseen))
+    tables, metrics = outputs(tmp_path)
+    assert tables["unseen"]["prompt"] == ["new"] and metrics["unseen"]["dropped"] == {"prompt_of_a_pair": 1}
+
+
+def test_same_seed_same_bytes_other_seed_other_split(tmp_path):
+    rows = [pair(f"p{i}") for i in range(60)]
+    digests = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / name).mkdir()
+        main(Base(seed=seed, precision="fp32"), settings_of(max_pairs=40), root_with(tmp_path / name, rows))
+        digests.append(sha256_of_file(tmp_path / name / "data/pairs/heldout.parquet"))
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "pairs.jsonl: has no rows"),
+        ([pair("a"), pair("A?", "d")], "nothing is left after the split"),
+        ([pair("a"), {"question": "b"}], r"pairs.jsonl:2: column 'prompt' is missing \(found: 'question'\)"),
+        ([pair("a"), pair("b", "x", "x")], "pairs.jsonl:2: 'chosen' and 'rejected' are the same"),
+    ],
+)
+def test_bad_data_is_refused_and_earlier_artefacts_stay(tmp_path, rows, words):
+    main(BASE, settings_of(), root_with(tmp_path, [pair(f"p{i}") for i in range(9)]))
+    before = {path: sha256_of_file(path) for path in (tmp_path / "data/pairs").iterdir()}
+    with pytest.raises(UserError, match=words):
+        main(BASE, settings_of(), root_with(tmp_path, rows))
+    assert before == {path: sha256_of_file(path) for path in (tmp_path / "data/pairs").iterdir()}
+
+
+def test_a_bad_unseen_file_is_refused_before_anything_is_written(tmp_path):
+    root = root_with(tmp_path, [pair(f"p{i}") for i in range(9)], [{"prompt": "u"}])
+    with pytest.raises(UserError, match="unseen.jsonl:1: column 'response' is missing"):
+        main(BASE, settings_of(), root)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("change", [{"max_pairs": 1}, {"holdout_fraction": 0.0}, {"holdout_fraction": 1.0}])
+def test_parameters_out_of_range(change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        settings_of(**change)
+
+
+texts = st.text(st.characters(codec=None), max_size=6) | st.sampled_from(["a", "b", "A?", "", "\x00", "\ud800"])
+values = texts | st.none() | st.integers() | st.lists(texts, max_size=2)
+lines = st.one_of(
+    st.fixed_dictionaries({name: values for name in ("prompt", "chosen", "rejected")}).map(json.dumps),
+    st.fixed_dictionaries({name: texts for name in ("prompt", "chosen", "rejected")}).map(json.dumps),
+    st.text(max_size=20),
+    st.sampled_from(['{"prompt": "a", "prompt": "b"}', "{", "null", "[]", "{}", "NaN", '{"prompt": Infinity}']),
+)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    content=st.lists(lines, max_size=12),
+    bad=st.sampled_from(["error", "drop"]),
+    limit=st.none() | st.integers(2, 9),
+)
+def test_any_lines_are_split_or_refused_and_the_counts_add_up(tmp_path, content, bad, limit):
+    root = root_with(tmp_path, [])
+    (root / "pairs.jsonl").write_bytes("\n".join(content).encode("utf-8", "surrogatepass"))
+    (root / "unseen.jsonl").write_text('{"prompt": "something else altogether", "response": "t"}')
+    try:
+        main(BASE, settings_of(on_bad_row=bad, max_pairs=limit), root)
+    except UserError as error:
+        assert "pairs.jsonl" in str(error) or "split" in str(error)
+        return
+    tables, metrics = outputs(root)
+    assert metrics["read"] == metrics["kept"] + sum(metrics["dropped"].values())
+    assert metrics["kept"] == sum(len(tables[split]["row"]) for split in SPLITS)
+    assert metrics["heldout_pairs"] > 0 and metrics["train_pairs"] > 0
+    assert not set(tables["train"]["prompt_id"]) & set(tables["heldout"]["prompt_id"])

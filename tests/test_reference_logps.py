@@ -1,0 +1,72 @@
+"""reference_logps: the numbers of the textbook, once, with the fingerprint of what they are of."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from stages import reference_logps
+from stages.lib.artefacts import read_json, write_parquet
+from stages.lib.errors import UserError
+from stages.lib.models import load_causal_lm
+from stages.lib.params import Base
+from stages.lib.reference import read_reference_logps
+from tests.test_logps import textbook_logps
+
+BASE = Base(seed=42, precision="fp32")
+PAIRS = {
+    "train": [([5, 6, 7], [8, 9], [10]), ([11], [12, 13, 14], [15, 16]), ([17, 18], [19], [20, 21, 22, 23])],
+    "heldout": [([30, 31], [32], [33, 34])],
+}
+
+
+@pytest.fixture
+def project(tiny_base, monkeypatch):
+    monkeypatch.setenv("DEVICE", "cpu")
+    for split, pairs in PAIRS.items():
+        columns = {"row": list(range(1, len(pairs) + 1)), "prompt_id": list(range(len(pairs)))}
+        for position, name in enumerate(("prompt", "chosen", "rejected")):
+            columns[f"{name}_input_ids"] = pa.array([pair[position] for pair in pairs], pa.list_(pa.int32()))
+        write_parquet(tiny_base / f"data/tokenized/pairs_{split}.parquet", columns)
+    return tiny_base
+
+
+def test_log_probs_are_the_textbooks_in_float32(project):
+    reference_logps.main(BASE, reference_logps.Params(micro_batch_tokens=8), project)
+    model = load_causal_lm(project / "models/base")
+    for split, pairs in PAIRS.items():
+        prompts, chosen, rejected = zip(*pairs, strict=True)
+        stored = read_reference_logps(project, split)
+        assert stored["row"] == list(range(1, len(pairs) + 1))
+        with torch.no_grad():
+            for name, completions in (("chosen_logps", chosen), ("rejected_logps", rejected)):
+                expected = textbook_logps(model, prompts, completions)
+                torch.testing.assert_close(torch.tensor(stored[name]), expected, rtol=1e-5, atol=1e-5)
+        schema = pq.read_schema(project / f"data/reference_logps/pairs_{split}.parquet")
+        assert schema.field("chosen_logps").type == pa.float32()
+
+
+def test_the_same_run_gives_the_same_bytes(project):
+    names = ["pairs_train.parquet", "pairs_heldout.parquet", "fingerprint.json"]
+    runs = []
+    for _ in range(2):
+        reference_logps.main(BASE, reference_logps.Params(micro_batch_tokens=8), project)
+        runs.append([(project / "data/reference_logps" / name).read_bytes() for name in names])
+    assert runs[0] == runs[1]
+
+
+def test_metrics_count_pairs_and_average_log_probs(project):
+    reference_logps.main(BASE, reference_logps.Params(micro_batch_tokens=8), project)
+    metrics = read_json(project / "reports/reference_logps/metrics.json")
+    stored = read_reference_logps(project, "train")
+    assert metrics["train"]["pairs"] == 3 and metrics["heldout"]["pairs"] == 1
+    assert metrics["train"]["logps/chosen"] == pytest.approx(sum(stored["chosen_logps"]) / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["models/base/config.json", "data/tokenized/pairs_heldout.parquet"])
+def test_they_are_refused_beside_anything_else(project, name):
+    reference_logps.main(BASE, reference_logps.Params(micro_batch_tokens=8), project)
+    with open(project / name, "ab") as file:
+        file.write(b" ")
+    with pytest.raises(UserError, match=f"another {name}"):
+        read_reference_logps(project, "train")

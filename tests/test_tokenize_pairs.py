@@ -1,0 +1,155 @@
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stages.lib.artefacts import read_json, read_parquet, sha256_of_file, write_parquet
+from stages.lib.errors import UserError
+from stages.lib.params import Base
+from stages.tokenize_pairs import Params, main
+
+BASE = Base(seed=42, precision="fp32")
+PARAMS = Params(max_prompt_length=256, max_completion_length=None, max_length=1024)
+TABLES = ("pairs", "reward", "prompts")
+
+
+def pairs_in(root, train, heldout=(("held", "out", "side"),), unseen=(("new", "text"),), on_bad_row="error"):
+    """data/pairs as fetch_pairs leaves it: rows from 1, one prompt_id per prompt."""
+    (root / "params.yaml").write_text(f"fetch_pairs:\n  on_bad_row: {on_bad_row}\n")
+    row, ids = 0, {}
+    for name, rows in (("train", train), ("heldout", heldout)):
+        columns = {key: [] for key in ("row", "prompt_id", "prompt", "chosen", "rejected")}
+        for prompt, chosen, rejected in rows:
+            row += 1
+            values = (row, ids.setdefault(prompt, len(ids)), prompt, chosen, rejected)
+            for key, value in zip(columns, values, strict=True):
+                columns[key].append(value)
+        write_parquet(root / f"data/pairs/{name}.parquet", columns)
+    prompts, responses = zip(*unseen, strict=True)
+    columns = {"row": list(range(1, len(prompts) + 1)), "prompt": list(prompts), "response": list(responses)}
+    write_parquet(root / "data/pairs/unseen.parquet", columns)
+    return root
+
+
+def read_all(root):
+    names = [f"{table}_{split}" for table in TABLES for split in ("train", "heldout")] + ["unseen"]
+    tables = {name: read_parquet(root / f"data/tokenized/{name}.parquet") for name in names}
+    return tables, read_json(root / "reports/tokenize_pairs/metrics.json")
+
+
+def test_the_tables_decode_to_the_texts(tiny_base, tokenizer):
+    train = [("Hi?", "Hey 🙂!", "Good day."), ("Hi?", "Yo", "Greetings."), ("Why?", "Because 12345!", "Unknown.")]
+    main(BASE, PARAMS, pairs_in(tiny_base, train))
+    tables, metrics = read_all(tiny_base)
+    pairs, reward, prompts = (tables[f"{table}_train"] for table in TABLES)
+    for i, (prompt, chosen, rejected) in enumerate(train):
+        user = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+        assert tokenizer.decode(pairs["prompt_input_ids"][i]).endswith(user)
+        assert tokenizer.decode(pairs["chosen_input_ids"][i]) == f"{chosen}<|im_end|>\n"
+        assert tokenizer.decode(reward["rejected_ids"][i]).endswith(f"{user}{rejected}<|im_end|>")
+        assert reward["chosen_ids"][i][: len(pairs["prompt_input_ids"][i])] == pairs["prompt_input_ids"][i]
+    assert pairs["row"] == reward["row"] == [1, 2, 3] and pairs["prompt_id"] == [0, 0, 1]
+    assert prompts["prompt_id"] == [0, 1] and prompts["prompt"] == ["Hi?", "Why?"]
+    assert prompts["input_ids"] == [pairs["prompt_input_ids"][0], pairs["prompt_input_ids"][2]]
+    assert tokenizer.decode(tables["unseen"]["response_input_ids"][0]) == "text<|im_end|>\n"
+    assert metrics["read"] == metrics["kept"] == 5 and metrics["dropped"] == {} and metrics["train_pairs"] == 3
+
+
+def test_limits_hold_and_the_generation_header_survives(tiny_base, tokenizer, embedded_pairs):
+    params = Params(max_prompt_length=24, max_completion_length=40, max_length=56)
+    train = [(row["prompt"], row["chosen"], row["rejected"]) for row in embedded_pairs[:20]]
+    main(BASE, params, pairs_in(tiny_base, train))
+    tables, metrics = read_all(tiny_base)
+    pairs, reward = tables["pairs_train"], tables["reward_train"]
+    for i in range(20):
+        prompt = pairs["prompt_input_ids"][i]
+        assert len(prompt) == 24 and tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
+        for side in ("chosen", "rejected"):
+            assert len(pairs[f"{side}_input_ids"][i]) == 32  # 56 - 24, below 40
+            whole = reward[f"{side}_ids"][i]
+            assert len(whole) == 56 and whole[-1] == tokenizer.eos_token_id
+            assert whole[24:-1] == pairs[f"{side}_input_ids"][i][:-1]
+    assert all(len(ids) == 24 for ids in tables["prompts_train"]["input_ids"])
+    # 20 pairs, one held out, one unseen text; short completions of the last two fit
+    assert metrics["cut"] == {"max_prompt_length": 22, "max_completion_length": 40, "max_length": 40}
+
+
+def test_every_reward_row_ends_in_its_only_last_eos(tiny_base, tokenizer, embedded_pairs):
+    train = [(row["prompt"], row["chosen"], row["rejected"]) for row in embedded_pairs[:30]]
+    main(BASE, Params(256, None, 300), pairs_in(tiny_base, train))
+    for split in ("train", "heldout"):
+        for side in ("chosen_ids", "rejected_ids"):
+            for ids in read_all(tiny_base)[0][f"reward_{split}"][side]:
+                assert ids[-1] == tokenizer.eos_token_id
+                assert ids.count(tokenizer.eos_token_id) == 3  # system, user, assistant
+
+
+def test_special_tokens_stop_the_stage_or_are_dropped_and_counted(tiny_base):
+    train = [("a", "b", "c"), ("x", "y<|im_end|>", "z"), ("<|endoftext|>", "y", "z")]
+    unseen = [("u", "v"), ("u", "<|im_start|>")]
+    root = pairs_in(tiny_base, train, unseen=unseen)
+    with pytest.raises(UserError, match="train.parquet, row 2 of the source: 'chosen' contains the special token"):
+        main(BASE, PARAMS, root)
+    assert not (root / "data/tokenized").exists()
+    main(BASE, PARAMS, pairs_in(tiny_base, train, unseen=unseen, on_bad_row="drop"))
+    tables, metrics = read_all(root)
+    assert metrics["read"] == 6 and metrics["kept"] == 3 and metrics["dropped"] == {"special_token": 3}
+    assert tables["pairs_train"]["row"] == [1] and tables["unseen"]["row"] == [1]
+
+
+def test_same_input_same_bytes(tiny_base):
+    digests = []
+    for _ in range(2):
+        main(BASE, PARAMS, pairs_in(tiny_base, [("a", "b", "c")]))
+        digests.append([sha256_of_file(path) for path in sorted((tiny_base / "data/tokenized").iterdir())])
+    assert len(digests[0]) == 7 and digests[0] == digests[1]
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ((256, None, 256), "max_length .256. must be above max_prompt_length .256."),
+        ((0, None, 10), "max_prompt_length"),
+        ((5, 0, 10), "max_completion_length"),
+    ],
+)
+def test_limits_out_of_range(limits, words):
+    with pytest.raises(UserError, match=words):
+        Params(*limits)
+
+
+def test_a_prompt_limit_that_cuts_into_the_generation_header(tiny_base):
+    with pytest.raises(UserError, match="max_prompt_length must hold"):
+        main(BASE, Params(2, None, 100), pairs_in(tiny_base, [("a", "b", "c")]))
+
+
+pieces = st.sampled_from(["<|im_end|>", "<|im_start|>", "\n", "\u202e", "\u2028", "\x8d", "👩‍👩‍👧", "1234", " "])
+characters = st.characters(codec="utf-8", exclude_categories=["Cc"])
+texts = st.lists(pieces | st.text(characters, max_size=5), max_size=5).map("".join)
+# what fetch_pairs lets pass, special tokens included
+passed = st.tuples(*(texts.map(lambda text, end=end: text + end) for end in "pcr"))
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(train=st.lists(passed, min_size=1, max_size=6), bad=st.sampled_from(["error", "drop"]))
+def test_any_texts_are_tokenized_or_refused_and_the_counts_add_up(tiny_base, tokenizer, train, bad):
+    root = pairs_in(tiny_base, train, on_bad_row=bad)
+    try:
+        main(BASE, PARAMS, root)
+    except UserError as error:
+        assert "train.parquet" in str(error)
+        assert any("<|" in text for row in train for text in row)
+        return
+    tables, metrics = read_all(root)
+    assert metrics["read"] == len(train) + 2 == metrics["kept"] + sum(metrics["dropped"].values())
+    pairs = tables["pairs_train"]
+    for i, row in enumerate(pairs["row"]):
+        _, chosen, rejected = train[row - 1]
+        assert tokenizer.decode(pairs["chosen_input_ids"][i]) == f"{chosen}<|im_end|>\n"
+        assert tokenizer.decode(pairs["rejected_input_ids"][i]) == f"{rejected}<|im_end|>\n"
+
+
+def test_a_million_characters_are_cut_to_length(tiny_base):
+    main(BASE, PARAMS, pairs_in(tiny_base, [("long", "ab c" * 250_000, "short")]))
+    tables, metrics = read_all(tiny_base)
+    lengths = [len(tables["pairs_train"][f"{side}_input_ids"][0]) for side in ("prompt", "chosen")]
+    assert sum(lengths) == 1024 and metrics["cut"]["max_length"] == 1

@@ -1,0 +1,291 @@
+"""train_dpo: the same trajectory as TRL's DPOTrainer, the same history twice, the same with two processes."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from stages import reference_logps, train_dpo
+from stages.lib.artefacts import read_json, write_parquet
+from stages.lib.chat import apply_chat_template, to_implicit_prompt_preferences, tokenize_row
+from stages.lib.errors import UserError
+from stages.lib.params import Base
+
+BASE = Base(seed=42, precision="fp32")
+PARAMS = train_dpo.Params(
+    loss="sigmoid",
+    beta=0.1,
+    label_smoothing=0.0,
+    sft_coef=0.0,
+    learning_rate=1.0e-3,
+    schedule="linear",
+    warmup_steps=0,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    epochs=1,
+    batch_size=4,
+    eval_steps=10,
+    micro_batch_tokens=500,
+)
+
+
+@pytest.fixture(autouse=True)
+def cpu_and_fresh_accelerate(monkeypatch):
+    monkeypatch.setenv("DEVICE", "cpu")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+@pytest.fixture
+def project(tiny_base, tokenizer, embedded_pairs) -> Path:
+    """A root with a tiny base, 80 training and 6 held-out pairs, and their reference log-probs in fp32."""
+    for split, rows in (("train", embedded_pairs[:80]), ("heldout", embedded_pairs[80:86])):
+        ids = [
+            tokenize_row(apply_chat_template(to_implicit_prompt_preferences(row), tokenizer), tokenizer)
+            for row in rows
+        ]
+        columns = {"row": list(range(1, len(rows) + 1)), "prompt_id": list(range(len(rows)))}
+        for name in ids[0]:
+            columns[name] = pa.array([row[name] for row in ids], pa.list_(pa.int32()))
+        write_parquet(tiny_base / f"data/tokenized/pairs_{split}.parquet", columns)
+    reference_logps.main(BASE, reference_logps.Params(micro_batch_tokens=2000), tiny_base)
+    return tiny_base
+
+
+def history_of(root: Path) -> list[dict[str, float]]:
+    with open(root / "reports/train_dpo/history.csv") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def trl_trajectory(project, tokenizer, rows) -> list[dict[str, float]]:
+    """Loss, mean margin and gradient norm of each step of TRL's DPOTrainer over `rows`, in their order."""
+    steps = []
+
+    class Recorder(DPOTrainer):
+        def _get_train_sampler(self, dataset=None):
+            return SequentialSampler(self.train_dataset)
+
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            steps.append({"loss": loss.item(), "margin": self._metrics["train"]["rewards/margins"][-1]})
+            return loss
+
+    def conversation(row):
+        return {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+
+    trainer = Recorder(
+        model=AutoModelForCausalLM.from_pretrained(project / "models/base", dtype=torch.float32),
+        args=DPOConfig(
+            output_dir=str(project / "trl"),
+            beta=PARAMS.beta,
+            learning_rate=PARAMS.learning_rate,
+            lr_scheduler_type=PARAMS.schedule,
+            weight_decay=PARAMS.weight_decay,
+            max_grad_norm=PARAMS.max_grad_norm,
+            per_device_train_batch_size=PARAMS.batch_size,
+            num_train_epochs=1,
+            max_length=None,
+            gradient_checkpointing=False,
+            bf16=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list([conversation(row) for row in rows]),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    return [{**step, "grad_norm": norm} for step, norm in zip(steps, norms, strict=True)]
+
+
+def test_twenty_steps_equal_trls_trainer(project, tokenizer, embedded_pairs):
+    train_dpo.main(BASE, PARAMS, project)
+    ours = history_of(project)
+    order = [i for _, index in train_dpo.batches_of(80, PARAMS, BASE.seed) for i in index]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    theirs = trl_trajectory(project, tokenizer, [embedded_pairs[i] for i in order])
+    assert len(ours) == len(theirs) == 20
+    assert theirs[-1]["loss"] < 0.6  # it did learn, so the comparison is of more than ln 2
+    for our, their in zip(ours, theirs, strict=True):
+        assert our["loss"] == pytest.approx(their["loss"], abs=1e-4)
+        assert our["rewards/margins"] == pytest.approx(their["margin"], abs=1e-4)
+        assert our["grad_norm"] == pytest.approx(their["grad_norm"], rel=1e-3)
+
+
+def test_step_0_gives_ln_2_in_fp32(project):
+    train_dpo.main(BASE, PARAMS, project)
+    first = history_of(project)[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-4)
+    assert read_json(project / "reports/train_dpo/metrics.json")["step_0_loss"] == pytest.approx(
+        math.log(2), abs=1e-5
+    )
+
+
+def test_step_0_in_bf16_stays_within_its_bound(project):
+    # policy and reference run the same kernels, but rounding depends on the shape of the micro-batch
+    base = dataclasses.replace(BASE, precision="bf16")
+    reference_logps.main(base, reference_logps.Params(micro_batch_tokens=2000), project)
+    train_dpo.main(base, PARAMS, project)
+    assert history_of(project)[0]["loss"] == pytest.approx(math.log(2), abs=0.03)
+
+
+def test_the_same_seed_gives_the_same_files_and_another_seed_another_history(project):
+    outputs = []
+    for seed in (42, 42, 7):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_dpo.main(dataclasses.replace(BASE, seed=seed), PARAMS, project)
+        files = ["models/dpo/model.safetensors", "reports/train_dpo/history.csv", "reports/train_dpo/heldout.csv"]
+        outputs.append([(project / name).read_bytes() for name in files])
+    assert outputs[0] == outputs[1]
+    assert outputs[0][1] != outputs[2][1]
+
+
+def test_the_memory_dial_changes_no_result(project):
+    histories, weights = [], []
+    for micro_batch_tokens in (1, 400, 100_000):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        params = dataclasses.replace(PARAMS, micro_batch_tokens=micro_batch_tokens, learning_rate=5e-5)
+        train_dpo.main(BASE, params, project)
+        histories.append(history_of(project))
+        weights.append(load_file(project / "models/dpo/model.safetensors"))
+    for history in histories[1:]:
+        for row, other in zip(histories[0], history, strict=True):
+            assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
+            assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    for other in weights[1:]:
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(tensor, other[name], rtol=0, atol=1e-4)
+
+
+def test_each_epoch_covers_every_pair_once_in_a_new_order():
+    params = dataclasses.replace(PARAMS, epochs=2, batch_size=4)
+    batches = list(train_dpo.batches_of(10, params, seed=1))
+    assert [epoch for epoch, _ in batches] == pytest.approx([0.4, 0.8, 1.0, 1.4, 1.8, 2.0])
+    first = [i for _, index in batches[:3] for i in index]
+    second = [i for _, index in batches[3:] for i in index]
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+
+
+def test_heldout_evaluations_come_every_eval_steps_and_at_the_end(project):
+    train_dpo.main(BASE, dataclasses.replace(PARAMS, eval_steps=7), project)
+    with open(project / "reports/train_dpo/heldout.csv") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [0, 7, 14, 20]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"loss": "ipo"}, {"label_smoothing": 0.2}, {"sft_coef": 0.5}, {"schedule": "cosine", "warmup_steps": 3}],
+)
+def test_variants_train(project, changes):
+    train_dpo.main(BASE, dataclasses.replace(PARAMS, **changes), project)
+    history = history_of(project)
+    assert sum(row["loss"] for row in history[-5:]) < sum(row["loss"] for row in history[:5])
+    if "warmup_steps" in changes:
+        assert [row["learning_rate"] for row in history[:4]] == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3])
+
+
+def test_the_sft_term_holds_the_chosen_log_prob_up(project):
+    final = {}
+    for sft_coef in (0.0, 1.0):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_dpo.main(BASE, dataclasses.replace(PARAMS, sft_coef=sft_coef), project)
+        final[sft_coef] = read_json(project / "reports/train_dpo/metrics.json")["heldout"]["logps/chosen"]
+    assert final[1.0] > final[0.0]
+
+
+def test_a_non_finite_loss_stops_with_step_and_rows_and_leaves_the_old_model(project):
+    old = project / "models/dpo/model.safetensors"
+    old.parent.mkdir(parents=True)
+    old.write_text("the model of an earlier run")
+    with pytest.raises(UserError, match=r"step \d+: the loss is (nan|inf); pairs of rows \[.*learning_rate"):
+        train_dpo.main(BASE, dataclasses.replace(PARAMS, learning_rate=1e8, max_grad_norm=None), project)
+    assert old.read_text() == "the model of an earlier run"
+    record = json.loads((project / "checkpoints/train_dpo/non_finite.json").read_text())
+    assert record["step"] >= 2 and len(record["rows"]) == 4
+
+
+def test_reference_log_probs_of_another_model_are_refused(project, tiny_model, tokenizer):
+    with torch.no_grad():
+        tiny_model.model.embed_tokens.weight[5, 0] += 1
+    tiny_model.save_pretrained(project / "models/base")
+    with pytest.raises(UserError, match="another models/base/model.safetensors; run: dvc repro reference_logps"):
+        train_dpo.main(BASE, PARAMS, project)
+
+
+def test_reference_log_probs_of_other_tokens_are_refused(project):
+    columns = {"row": [1], "prompt_id": [0]}
+    for name in ("prompt", "chosen", "rejected"):
+        columns[f"{name}_input_ids"] = pa.array([[5, 6]], pa.list_(pa.int32()))
+    write_parquet(project / "data/tokenized/pairs_train.parquet", columns)
+    with pytest.raises(UserError, match="another data/tokenized/pairs_train.parquet"):
+        train_dpo.main(BASE, PARAMS, project)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": 0.0}, "beta must be positive"),
+        ({"learning_rate": -1e-5}, "learning_rate must be positive"),
+        ({"label_smoothing": 0.5}, "below 0.5"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "sigmoid"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm"),
+    ],
+)
+def test_senseless_parameters_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(PARAMS, **changes)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from stages import train_dpo
+from tests.test_train_dpo import BASE, PARAMS
+import dataclasses
+train_dpo.main(BASE, dataclasses.replace(PARAMS, learning_rate=5e-5), Path(sys.argv[1]))
+"""
+
+
+def test_two_processes_train_as_one(project):
+    train_dpo.main(BASE, dataclasses.replace(PARAMS, learning_rate=5e-5), project)
+    single = history_of(project)
+    single_weights = load_file(project / "models/dpo/model.safetensors")
+    script = project / "script.py"
+    script.write_text(SCRIPT)
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, project],
+        check=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "DEVICE": "cpu"},
+    )
+    double = history_of(project)
+    assert len(double) == len(single) == 20
+    for one, two in zip(single, double, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert two["rewards/margins"] == pytest.approx(one["rewards/margins"], abs=1e-5)
+    for name, tensor in load_file(project / "models/dpo/model.safetensors").items():
+        torch.testing.assert_close(tensor, single_weights[name], rtol=0, atol=1e-4)

@@ -1,0 +1,160 @@
+"""The stage end to end on the tiny model, against an ordinary RewardTrainer run, and by hand."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import RewardConfig, RewardTrainer
+
+from stages.lib.artefacts import read_parquet, write_parquet
+from stages.lib.errors import UserError
+from stages.lib.models import freeze, set_seed
+from stages.lib.params import Base, load_params
+from stages.lib.reward import new_reward_model, score_sequences
+from stages.train_reward import Params, heldout_figures, main
+from tests.conftest import REPO
+
+BASE = Base(seed=42, precision="fp32")
+PARAMS = Params(learning_rate=1e-2, epochs=3, batch_size=4, logging_steps=5, micro_batch_tokens=512)
+
+
+def conversation(tokenizer, row, side, max_length=200):
+    messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    end = len(ids) - ids[::-1].index(tokenizer.eos_token_id)
+    return ids[: min(end, max_length) - 1] + [tokenizer.eos_token_id]
+
+
+@pytest.fixture
+def root(tiny_base, tokenizer, embedded_pairs):
+    """A project root with the base and 22 tokenized pairs for training, 9 held out."""
+    for split, first, last in (("train", 0, 22), ("heldout", 22, 31)):
+        columns = {"row": list(range(first + 1, last + 1)), "prompt_id": list(range(first, last))}
+        for side in ("chosen", "rejected"):
+            columns[f"{side}_ids"] = [conversation(tokenizer, row, side) for row in embedded_pairs[first:last]]
+        write_parquet(tiny_base / f"data/tokenized/reward_{split}.parquet", columns)
+    return tiny_base
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch):
+    monkeypatch.setenv("DEVICE", "cpu")
+
+
+def test_writes_a_reward_model_anyone_can_load(root, tokenizer):
+    facts = main(BASE, PARAMS, root)
+
+    model = AutoModelForSequenceClassification.from_pretrained(root / "models/reward")
+    assert model.config.num_labels == 1
+    assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert AutoTokenizer.from_pretrained(root / "models/reward").pad_token_id == tokenizer.pad_token_id
+    names = {path.name for path in (root / "models/reward").iterdir()}
+    assert "model.safetensors" in names and not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
+
+    # the backbone is the base's, bit for bit: PPO relies on it to share one forward pass
+    base = AutoModelForCausalLM.from_pretrained(root / "models/base").model.state_dict()
+    assert all(torch.equal(weight, base[name]) for name, weight in model.model.state_dict().items())
+
+    heldout = read_parquet(root / "data/tokenized/reward_heldout.parquet")
+    scores = pd.read_csv(root / "reports/train_reward/heldout_scores.csv")
+    assert scores["row"].tolist() == heldout["row"] and scores["prompt_id"].tolist() == heldout["prompt_id"]
+    for side in ("chosen", "rejected"):
+        expected = score_sequences(model.eval(), heldout[f"{side}_ids"], 512, "fp32")
+        assert scores[f"{side}_score"].tolist() == pytest.approx(expected, abs=1e-5)
+
+    metrics = json.loads((root / "reports/train_reward/metrics.json").read_text())
+    assert metrics["steps"] == 3 * math.ceil(22 / 4)
+    assert metrics["heldout"]["accuracy"] == pytest.approx(
+        (scores.chosen_score > scores.rejected_score).mean(), 1e-5
+    )
+    assert metrics["heldout"]["margin"] == pytest.approx(
+        (scores.chosen_score - scores.rejected_score).mean(), 1e-4
+    )
+    assert facts["precision"] == "fp32" and facts["tokens"] > 0
+
+
+def test_history_has_training_and_heldout_figures_of_every_logged_step(root):
+    main(BASE, PARAMS, root)
+    history = pd.read_csv(root / "reports/train_reward/history.csv")
+    assert history["step"].tolist() == [5, 10, 15]
+    assert history["eval_loss"].iloc[-1] < history["eval_loss"].iloc[0]
+    assert {"loss", "accuracy", "margin", "eval_accuracy", "eval_margin", "grad_norm"} <= set(history.columns)
+    assert history.notna().all(axis=None)
+
+
+def test_a_run_shorter_than_the_logging_interval_has_a_history(root):
+    main(BASE, Params(1e-2, epochs=1, batch_size=16, logging_steps=25, micro_batch_tokens=512), root)
+    assert pd.read_csv(root / "reports/train_reward/history.csv")["step"].tolist() == [2]
+
+
+def test_same_seed_same_bytes_other_seed_other_head(root):
+    weights, histories = [], []
+    for seed in (1, 1, 2):
+        main(Base(seed, "fp32"), PARAMS, root)
+        model = AutoModelForSequenceClassification.from_pretrained(root / "models/reward")
+        weights.append(model.score.weight)
+        histories.append((root / "reports/train_reward/history.csv").read_bytes())
+    assert torch.equal(weights[0], weights[1]) and histories[0] == histories[1]
+    assert not torch.allclose(weights[0], weights[2])
+
+
+def test_equals_an_ordinary_reward_trainer_run_over_tokens(root, tokenizer, tmp_path):
+    main(BASE, PARAMS, root)
+    ours = AutoModelForSequenceClassification.from_pretrained(root / "models/reward").score.weight
+
+    set_seed(BASE.seed)
+    model = freeze(new_reward_model(root / "models/base", tokenizer.pad_token_id))
+    model.score.requires_grad_(True)
+    columns = read_parquet(root / "data/tokenized/reward_train.parquet")
+    RewardTrainer(
+        model=model,
+        args=RewardConfig(
+            output_dir=str(tmp_path / "plain"),
+            learning_rate=PARAMS.learning_rate,
+            num_train_epochs=PARAMS.epochs,
+            per_device_train_batch_size=PARAMS.batch_size,
+            seed=BASE.seed,
+            bf16=False,
+            max_length=None,
+            activation_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict({side: columns[side] for side in ("chosen_ids", "rejected_ids")}),
+        processing_class=tokenizer,
+    ).train()
+    # fp32 rounding of two batch layouts, after 18 AdamW steps of 1e-2
+    torch.testing.assert_close(ours, model.score.weight, atol=2e-4, rtol=1e-3)
+
+
+def test_long_pairs_are_kept(root):
+    # RewardConfig's own max_length of 1024 would drop this pair without a word
+    path = root / "data/tokenized/reward_train.parquet"
+    columns = read_parquet(path)
+    columns["chosen_ids"][0] = [5] * 1500 + [2]
+    write_parquet(path, columns)
+    main(BASE, PARAMS, root)
+    metrics = json.loads((root / "reports/train_reward/metrics.json").read_text())
+    assert metrics["train_pairs"] == 22
+
+
+def test_heldout_figures_by_hand():
+    # margins 2, 0, -1: one of three right (a tie is wrong), mean 1/3
+    figures = heldout_figures(torch.tensor([3.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 1.0]))
+    assert figures["accuracy"] == pytest.approx(1 / 3)
+    assert figures["margin"] == pytest.approx(1 / 3)
+    assert figures["chosen_score"] == pytest.approx(4 / 3) and figures["rejected_score"] == pytest.approx(1)
+    # log(1 + e^-2) = 0.126928, ln 2 = 0.693147, log(1 + e) = 1.313262
+    assert figures["loss"] == pytest.approx((0.126928 + 0.693147 + 1.313262) / 3, abs=1e-6)
+
+
+def test_committed_params_are_valid_and_bad_ones_are_named():
+    load_params("train_reward", Params, REPO)
+    with pytest.raises(UserError, match="learning_rate must be positive"):
+        Params(0.0, 1, 1, 1, 1)
