@@ -46,12 +46,15 @@ MEASURED = (  # under reports/
 @dataclass(frozen=True)
 class Params:
     max_train_pairs: int | None  # training pairs drawn by seed; None: all
+    max_unseen_texts: int | None  # unseen texts drawn by seed; None: all
     micro_batch_tokens: int  # memory dial: tokens per forward pass
     bootstrap_samples: int  # resamples of prompts for each interval
     confidence: float  # of every interval
 
     def __post_init__(self):
-        require(self.max_train_pairs is None or self.max_train_pairs >= 1, "max_train_pairs must be at least 1")
+        for name in ("max_train_pairs", "max_unseen_texts"):
+            count = getattr(self, name)
+            require(count is None or count >= 1, f"{name} must be at least 1, or null for all")
         require(self.micro_batch_tokens > 0, "micro_batch_tokens must be positive")
         require(self.bootstrap_samples >= 1, "bootstrap_samples must be at least 1")
         require(0 < self.confidence < 1, "confidence must lie between 0 and 1")
@@ -65,7 +68,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     measured = {path: pd.read_csv(root / "reports" / path) for path in MEASURED}
 
     # 1. the log-prob of every text under every model; base's of the pairs are known
-    texts = collect_texts(root, params.max_train_pairs, base.seed)
+    texts = collect_texts(root, params.max_train_pairs, params.max_unseen_texts, base.seed)
     tokens = 0
     for name in MODELS:
         todo = texts[texts["base_logp"].isna()] if name == "base" else texts
@@ -93,25 +96,34 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     return {"tokens": tokens, "device": device.type, "precision": precision}
 
 
-def collect_texts(root: Path, max_train_pairs: int | None, seed: int) -> pd.DataFrame:
+def collect_texts(
+    root: Path, max_train_pairs: int | None, max_unseen_texts: int | None, seed: int
+) -> pd.DataFrame:
     """A row per text: group, row, prompt_id, prompt_ids, completion_ids, tokens, base_logp where it is known."""
     tables = []
     for split in ("train", "heldout"):
         pairs = pd.DataFrame(read_parquet(root / f"data/tokenized/pairs_{split}.parquet"))
         reference = pd.DataFrame(read_reference_logps(root, split))
-        if split == "train" and max_train_pairs is not None and max_train_pairs < len(pairs):
-            pairs = pairs.loc[sorted(random.Random(seed).sample(range(len(pairs)), max_train_pairs))]
+        if split == "train":
+            pairs = drawn(pairs, max_train_pairs, seed)
         pairs = pairs.merge(reference, on=["row", "prompt_id"], validate="one_to_one")
         for side in ("chosen", "rejected"):
             columns = {f"{side}_input_ids": "completion_ids", f"{side}_logps": "base_logp"}
             table = pairs.rename(columns={"prompt_input_ids": "prompt_ids", **columns})
             tables.append(table.assign(group=f"{split}_{side}"))
-    unseen = pd.DataFrame(read_parquet(root / "data/tokenized/unseen.parquet"))
+    unseen = drawn(pd.DataFrame(read_parquet(root / "data/tokenized/unseen.parquet")), max_unseen_texts, seed)
     unseen = unseen.rename(columns={"prompt_input_ids": "prompt_ids", "response_input_ids": "completion_ids"})
     texts = pd.concat([*tables, unseen.assign(group="unseen")], ignore_index=True)
     texts["tokens"] = texts["completion_ids"].map(len)
     texts["prompt_id"] = texts["prompt_id"].astype("Int64")
     return texts[["group", "row", "prompt_id", "prompt_ids", "completion_ids", "tokens", "base_logp"]]
+
+
+def drawn(table: pd.DataFrame, count: int | None, seed: int) -> pd.DataFrame:
+    """`count` rows at random, in their own order; all where there are no more, or `count` is None."""
+    if count is None or count >= len(table):
+        return table
+    return table.loc[sorted(random.Random(seed).sample(range(len(table)), count))]
 
 
 def write_answer(root: Path, texts: pd.DataFrame, estimates: dict, confidence: float) -> None:

@@ -76,7 +76,7 @@ class Params:
 class Pairs:
     """Tokenized pairs with their reference log-probs, row i of one being row i of the other."""
 
-    def __init__(self, root: Path, split: str):
+    def __init__(self, root: Path, split: str, shared_prompts: bool):
         columns = read_parquet(root / f"data/tokenized/pairs_{split}.parquet")
         reference = read_reference_logps(root, split)
         if reference["row"] != columns["row"]:
@@ -89,9 +89,11 @@ class Pairs:
         self.ref_rejected_logps = torch.tensor(reference["rejected_logps"])
         self.chosen_lengths = torch.tensor([len(ids) for ids in self.chosen])
         self.rejected_lengths = torch.tensor([len(ids) for ids in self.rejected])
-        #: tokens that training on each pair puts through the model
+        #: tokens that each pair puts through the model: its prompt once or twice, and both completions
+        prompts = 1 if shared_prompts else 2
         self.lengths = [
-            2 * len(p) + len(c) + len(r) for p, c, r in zip(self.prompts, self.chosen, self.rejected, strict=True)
+            prompts * len(p) + len(c) + len(r)
+            for p, c, r in zip(self.prompts, self.chosen, self.rejected, strict=True)
         ]
 
     def __len__(self) -> int:
@@ -191,7 +193,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     accelerator = make_accelerator(device, precision)
     set_seed(base.seed)
 
-    train, heldout = Pairs(root, "train"), Pairs(root, "heldout")
+    train, heldout = (Pairs(root, split, shares_prompts(accelerator.device)) for split in ("train", "heldout"))
     model = load_causal_lm(root / "models/base", accelerator.device)
     policy = CompletionLogps(model)
     optimizer = torch.optim.AdamW(

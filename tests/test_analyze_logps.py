@@ -19,7 +19,9 @@ from stages.lib.reference import fingerprint, write_reference_logps
 from stages.lib.token_tables import token_ids
 
 BASE = Base(seed=3, precision="fp32")
-PARAMS = Params(max_train_pairs=10, micro_batch_tokens=2048, bootstrap_samples=50, confidence=0.9)
+PARAMS = Params(
+    max_train_pairs=10, max_unseen_texts=4, micro_batch_tokens=2048, bootstrap_samples=50, confidence=0.9
+)
 SIZES = {"train": 14, "heldout": 6}
 
 
@@ -94,7 +96,7 @@ def prepared(tokenizer, embedded_pairs, tmp_path_factory):
         "train_ppo/history.csv": {
             "episode": [16, 32],
             "objective/kl": [0.0, 0.3],
-            "objective/scores": [-1.0, 0.5],
+            "objective/raw_scores": [-1.0, 0.5],
         },
         "train_ppo/heldout_scores.csv": {
             "prompt_id": [115, 116, 117],
@@ -122,7 +124,7 @@ def test_the_stage_writes_what_it_promises_and_the_same_bytes_again(prepared):
     assert all(first[f"{name}.png"].startswith(b"\x89PNG") for name in pictures)
 
     metrics = json.loads(first["metrics.json"])
-    counts = {"train_pairs": 10, "heldout_pairs": 6, "unseen_texts": 5}
+    counts = {"train_pairs": 10, "heldout_pairs": 6, "unseen_texts": 4}
     assert {name: metrics[name] for name in counts} == counts
     for name in ("auc_heldout", "auc_unseen", "did", "auc_change", "displaced_train", "rewards/accuracies"):
         estimate = metrics["dpo"]
@@ -138,7 +140,7 @@ def test_log_probs_are_those_of_the_definition_for_every_model(prepared):
 
     main(BASE, PARAMS, prepared)
     logps = pq.read_table(prepared / "reports/analyze_logps/logps.parquet").to_pandas()
-    assert len(logps) == 3 * (2 * 10 + 2 * 6 + 5)
+    assert len(logps) == 3 * (2 * 10 + 2 * 6 + 4)
     assert logps["prompt_id"].isna().equals(logps["group"] == "unseen")
     heldout = pq.read_table(prepared / "data/tokenized/pairs_heldout.parquet").to_pydict()
     for name in ("base", "dpo", "ppo"):
@@ -164,16 +166,17 @@ def test_base_is_run_on_the_unseen_texts_alone(prepared, monkeypatch):
 
     monkeypatch.setattr(stage, "completion_logps", spy)
     main(BASE, PARAMS, prepared)
-    assert seen == [5, 37, 37]
+    assert seen == [4, 36, 36]
 
 
-def test_training_pairs_are_drawn_by_seed(prepared):
-    def rows(seed, count):
-        texts = stage.collect_texts(prepared, count, seed)
-        return texts[texts["group"] == "train_chosen"]["row"].tolist()
+def test_training_pairs_and_unseen_texts_are_drawn_by_seed(prepared):
+    def rows(group, seed, count):
+        texts = stage.collect_texts(prepared, count, count, seed)
+        return texts[texts["group"] == group]["row"].tolist()
 
-    assert rows(1, 10) == rows(1, 10) != rows(2, 10)
-    assert rows(1, None) == rows(1, 99) == list(range(1, 15))
+    for group, total in (("train_chosen", 14), ("unseen", 5)):
+        assert rows(group, 1, 3) == rows(group, 1, 3) != rows(group, 2, 3)
+        assert rows(group, 1, None) == rows(group, 1, 99) == list(range(1, total + 1))
 
 
 def test_log_probs_of_another_base_are_refused(prepared):
@@ -189,7 +192,13 @@ def test_log_probs_of_another_base_are_refused(prepared):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("max_train_pairs", 0), ("micro_batch_tokens", 0), ("bootstrap_samples", 0), ("confidence", 1.0)],
+    [
+        ("max_train_pairs", 0),
+        ("max_unseen_texts", 0),
+        ("micro_batch_tokens", 0),
+        ("bootstrap_samples", 0),
+        ("confidence", 1.0),
+    ],
 )
 def test_bad_parameters_are_named(key, value):
     with pytest.raises(UserError, match=key):

@@ -1,10 +1,13 @@
 """Packed attention against a block mask, on all of its CPU paths; lean layers against transformers' own."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import stages.lib.attention as attention
+from stages.lib.attention import lean_embedding
 from stages.lib.errors import UserError
 
 
@@ -99,3 +102,27 @@ def test_lean_layers_give_the_numbers_of_transformers_own_and_keep_less(tiny_mod
 def test_what_it_does_not_compute_is_refused(extra):
     with pytest.raises(UserError, match="not supported"):
         attention.packed_attention(torch.nn.Identity(), *random_qkv([5]), None, sequence_lengths=[5], **extra)
+
+
+def test_a_lean_embedding_gives_the_same_gradient_without_a_second_dense_one(tiny_model):
+    ids = torch.tensor([[5, 6, 5, 7]])
+
+    def gradient(lean: bool) -> torch.Tensor:
+        tiny_model.zero_grad()
+        for _ in range(2):  # the second is added to the first
+            with lean_embedding(tiny_model) if lean else nullcontext():
+                hidden = tiny_model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            (hidden @ tiny_model.get_output_embeddings().weight.T).square().sum().backward()
+        return tiny_model.get_input_embeddings().weight.grad
+
+    expected = gradient(lean=False).clone()
+    found = gradient(lean=True)
+    assert found.layout == torch.strided  # AdamW takes no other
+    torch.testing.assert_close(found, expected)
+    assert not tiny_model.get_input_embeddings().sparse
+
+
+def test_an_embedding_that_is_not_tied_stays_dense(tiny_model):
+    tiny_model.get_output_embeddings().weight = torch.nn.Parameter(tiny_model.lm_head.weight.detach().clone())
+    with lean_embedding(tiny_model):
+        assert not tiny_model.get_input_embeddings().sparse

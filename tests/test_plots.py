@@ -31,7 +31,7 @@ def pairs(size=20):
 STEPS = pd.DataFrame({"step": [1, 2], "rewards/margins": [0.0, 3.0], "rewards/accuracies": [0.5, 1.0]})
 SCORES = pd.DataFrame({"chosen_score": [1.0, 2.0, 2.5], "rejected_score": [-1.0, 0.0, 1.0]})
 ANSWERS = pd.DataFrame({"score_before": [-1.0, 0.0], "score_after": [0.5, 0.7]})
-PATH = pd.DataFrame({"objective/kl": [0.0, 0.5], "objective/scores": [-1.0, 0.0], "episode": [16, 32]})
+PATH = pd.DataFrame({"objective/kl": [0.0, 0.5], "objective/raw_scores": [-1.0, 0.0], "episode": [16, 32]})
 ACCURACIES = {
     "emoji": Interval(1.0, 0.9, 1.0),
     "dpo": Interval(0.97, 0.85, 0.99),

@@ -87,6 +87,18 @@ def test_only_the_main_process_leaves_a_record(tmp_path):
     assert not (tmp_path / "reports").exists()
 
 
+def test_peak_memory_is_the_process_own_and_not_that_of_its_parent(tmp_path):
+    # getrusage's ru_maxrss would give the child at least the parent's 600 MB: so Linux hands it on
+    report = "from stages.lib.run_stage import peak_memory_mb; print(peak_memory_mb())"
+    parent = (
+        f"import subprocess, sys; block = b'x' * 600_000_000; subprocess.run([sys.executable, '-c', {report!r}])"
+    )
+    result = run_script(tmp_path, parent)
+    assert 10 < float(result.stdout) < 500
+    result = run_script(tmp_path, f"block = b'x' * 600_000_000; del block; {report}")
+    assert float(result.stdout) > 600
+
+
 def test_throughput_is_tokens_over_seconds():
     assert run_record(4.0, {"tokens": 100})["tokens_per_second"] == pytest.approx(25)
     assert "tokens_per_second" not in run_record(4.0, {})

@@ -194,3 +194,22 @@ def use_packed_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
         for module in lean:
             del module.forward
+
+
+@contextmanager
+def lean_embedding(model: PreTrainedModel) -> Iterator[None]:
+    """For a forward pass whose output layer is used too: a tied embedding gets a sparse gradient.
+
+    On CPUs only. The engine adds it to the output layer's dense gradient, which the backward pass has by then;
+    a dense one would be a second matrix of the vocabulary's size, filled with zeros but for a thousand rows.
+    """
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = type(embedding) is nn.Embedding and output is not None and embedding.weight is output.weight
+    if not tied or embedding.weight.device.type != "cpu":
+        yield
+        return
+    before, embedding.sparse = embedding.sparse, True
+    try:
+        yield
+    finally:
+        embedding.sparse = before

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from stages.lib.attention import use_packed_attention
+from stages.lib.attention import lean_embedding, use_packed_attention
 from stages.lib.batches import PackedBatch, consecutive_groups, pack
 from stages.lib.errors import UserError
 from stages.lib.models import autocast
@@ -51,7 +51,8 @@ class _TokenLogps(torch.autograd.Function):
 
     Inside a Function's forward and backward autocast casts nothing that has its dtype already.
 
-    Slices of the vocabulary rather than of rows: each row of the weight's gradient is then written once.
+    Slices of the vocabulary rather than of rows: each row of the weight's gradient is then written once. A slice
+    of a float32 weight is rounded to the dtype of `hidden` where it is used, rather than all of it beforehand.
     """
 
     @staticmethod
@@ -60,7 +61,7 @@ class _TokenLogps(torch.autograd.Function):
         total = torch.zeros_like(maximum)  # sum of exp(logit - maximum)
         weighted = torch.zeros_like(maximum)  # sum of exp(logit - maximum) * (logit - maximum)
         for part in weight.split(_slice_rows(hidden)):
-            logits = (hidden @ part.T).float()
+            logits = (hidden @ part.to(hidden.dtype).T).float()
             previous, maximum = maximum, torch.maximum(maximum, logits.amax(-1))
             logits -= maximum[:, None]
             rescale = torch.exp(previous - maximum)
@@ -74,7 +75,8 @@ class _TokenLogps(torch.autograd.Function):
         if with_entropies:
             ctx.mark_non_differentiable(entropies)
         # each row's own logit, from the same product in the same precision
-        label_logits = (hidden[:, None, :] @ weight[labels][:, :, None]).float().flatten()
+        of_labels = weight[labels].to(hidden.dtype)
+        label_logits = (hidden[:, None, :] @ of_labels[:, :, None]).float().flatten()
         return label_logits - log_normalizer, entropies
 
     @staticmethod
@@ -84,14 +86,14 @@ class _TokenLogps(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.empty_like(weight)
         for start in range(0, len(weight), step):
-            part = weight[start : start + step]
+            part = weight[start : start + step].to(hidden.dtype)
             # d logp / d logits = one-hot(label) - softmax(logits)
             grad_logits = torch.exp((hidden @ part.T).float() - log_normalizer[:, None]).neg_()
             here = ((labels >= start) & (labels < start + step)).nonzero().squeeze(1)
             grad_logits[here, labels[here] - start] += 1
-            grad_logits = (grad_logits.mul_(grad[:, None])).to(weight.dtype)
+            grad_logits = (grad_logits.mul_(grad[:, None])).to(hidden.dtype)
             grad_hidden += grad_logits @ part
-            torch.mm(grad_logits.T, hidden, out=grad_weight[start : start + step])
+            grad_weight[start : start + step] = grad_logits.T @ hidden
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 
@@ -112,7 +114,7 @@ def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     Returns:
         (N,) log-probabilities, float32, in nats.
     """
-    return _TokenLogps.apply(*_in_autocast_dtype(hidden, weight), labels, False)[0]
+    return _TokenLogps.apply(_in_autocast_dtype(hidden), weight, labels, False)[0]
 
 
 def token_logps_and_entropies(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,14 +122,13 @@ def token_logps_and_entropies(hidden: Tensor, weight: Tensor, labels: Tensor) ->
 
     The entropies carry no gradient.
     """
-    return _TokenLogps.apply(*_in_autocast_dtype(hidden, weight), labels, True)
+    return _TokenLogps.apply(_in_autocast_dtype(hidden), weight, labels, True)
 
 
-def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device_type)) for tensor in tensors)
+def _in_autocast_dtype(tensor: Tensor) -> Tensor:
+    device_type = tensor.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    return tensor.to(torch.get_autocast_dtype(device_type)) if autocast else tensor
 
 
 def shares_prompts(device: torch.device) -> bool:
@@ -153,13 +154,14 @@ class CompletionLogps(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """(S,) summed completion log-probs of the S packed sequences, float32, in nats."""
-        hidden = self.model.get_decoder()(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            sequence_lengths=batch.sequence_lengths,
-            contexts=batch.contexts,
-        ).last_hidden_state[0]
+        with lean_embedding(self.model):
+            hidden = self.model.get_decoder()(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                sequence_lengths=batch.sequence_lengths,
+                contexts=batch.contexts,
+            ).last_hidden_state[0]
         weight = self.model.get_output_embeddings().weight
         logps = token_logps(hidden[batch.completion_index], weight, batch.labels)
         return logps.new_zeros(batch.num_completions).index_add(0, batch.label_sequence, logps)

@@ -247,7 +247,7 @@ def scores(pairs: pd.DataFrame, answers: pd.DataFrame) -> bytes:
 
 def score_kl(history: pd.DataFrame) -> bytes:
     """PPO's path: score of the sampled answers against their KL to the reference (columns as in its history)."""
-    kl, score, episode = (history[name] for name in ("objective/kl", "objective/scores", "episode"))
+    kl, score, episode = (history[name] for name in ("objective/kl", "objective/raw_scores", "episode"))
     with matplotlib.rc_context(STYLE):
         figure = _figure(4.6)
         axes = figure.subplots()

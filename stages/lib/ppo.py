@@ -34,7 +34,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from trl.experimental import ppo as trl_ppo
 from trl.experimental.ppo.ppo_trainer import batch_generation
 
-from stages.lib.attention import use_packed_attention
+from stages.lib.attention import lean_embedding, use_packed_attention
 from stages.lib.batches import PackedBatch, group_by_tokens, pack, pad
 from stages.lib.checkpoints import Checkpoints
 from stages.lib.generate import generate
@@ -454,7 +454,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             for part, count in zip(parts, counts, strict=True):
                 mask = rollout.mask[part]
                 batch = self._pack(rollout.prompts, rollout.responses, part)
-                hidden = last_hidden_state(self.policy.get_decoder(), batch)
+                with lean_embedding(self.policy):
+                    hidden = last_hidden_state(self.policy.get_decoder(), batch)
                 logps, entropies = self._token_logps(self.policy, hidden, batch)
                 old_logps = rollout.logps[part][mask]
                 losses, clipped = policy_losses(logps, old_logps, advantages[part][mask], self.args.cliprange)

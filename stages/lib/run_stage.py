@@ -118,9 +118,15 @@ def run_record(seconds: float, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def peak_memory_mb() -> float:
-    """Largest resident set of this process so far, in MB (10^6 bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+    """Largest resident set of this process so far, in MB (10^6 bytes).
+
+    Not getrusage's figure where Linux offers a better one: that one begins with the peak of the process that
+    started this one, so a small stage would report DVC's memory.
+    """
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes, on macOS
 
 
 def _first_line_of(main: Callable) -> str:
