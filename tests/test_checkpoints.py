@@ -416,6 +416,19 @@ def test_only_the_main_process_saves_and_all_load(project, monkeypatch):
     assert stage.path.stat().st_mtime_ns == saved_at, "neither written nor removed"
 
 
+def test_a_sharded_run_neither_saves_nor_loads(project):
+    # the main process holds only its part of the weights: its checkpoint would be a part, too
+    path = saved_once(project)
+    written = path.stat().st_mtime_ns
+    stage = Checkpoints("train_dpo", project, BASE, DPO, sharded=True)
+    assert stage.load(box=Box()) == {}
+    stage.save_if_due(step=2)
+    assert path.stat().st_mtime_ns == written
+    with stage, pytest.raises(UserError, match="stopped by SIGTERM without a checkpoint"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        stage.save_if_due(step=3)
+
+
 def test_signals_are_left_alone_outside_the_main_thread(project):
     failures = []
 
