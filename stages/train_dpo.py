@@ -27,11 +27,11 @@ from transformers import get_scheduler
 
 from stages.lib.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.attention import use_packed_attention
-from stages.lib.batches import micro_batches_of_process, pack
+from stages.lib.batches import micro_batches_of_process, pack, shares_prefixes
 from stages.lib.checkpoints import Checkpoints
 from stages.lib.dpo import dpo_losses, implicit_rewards, ipo_losses, sft_losses
 from stages.lib.errors import UserError
-from stages.lib.logps import CompletionLogps, shares_prompts
+from stages.lib.logps import CompletionLogps
 from stages.lib.models import (
     load_causal_lm,
     load_tokenizer,
@@ -171,7 +171,7 @@ def run_batch(
         rows = [index[i] for i in part]
         prompts = [pairs.prompts[i] for i in rows]
         completions = [pairs.chosen[i] for i in rows] + [pairs.rejected[i] for i in rows]
-        batch = pack(prompts * 2, completions, shares_prompts(accelerator.device)).to(accelerator.device)
+        batch = pack(prompts * 2, completions, shares_prefixes(accelerator.device)).to(accelerator.device)
         last = number == len(parts) - 1
         with nullcontext() if last or not train else accelerator.no_sync(policy):
             with accelerator.autocast():  # sharded by FSDP2, accelerate 1.15 leaves the policy without it
@@ -193,7 +193,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     accelerator = make_accelerator(device, precision)
     set_seed(base.seed)
 
-    train, heldout = (Pairs(root, split, shares_prompts(accelerator.device)) for split in ("train", "heldout"))
+    train, heldout = (Pairs(root, split, shares_prefixes(accelerator.device)) for split in ("train", "heldout"))
     model = load_causal_lm(root / "models/base", accelerator.device)
     policy = CompletionLogps(model)
     optimizer = torch.optim.AdamW(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # the same examples every run, and no time limit on one: a busy machine is no failure
@@ -33,6 +34,26 @@ CHATML = (
 def _process_as_at_its_start():
     torch.set_num_threads(1)  # tiny models gain nothing from more, and tests may run beside other work
     torch.set_flush_denormal(False)  # pick_device turns it on; hypothesis needs the smallest floats
+
+
+class ShapesMade(TorchDispatchMode):
+    """Collects the shapes of all tensors that operations in the block give, forward and backward."""
+
+    def __enter__(self) -> set[torch.Size]:
+        self.shapes: set[torch.Size] = set()
+        super().__enter__()
+        return self.shapes
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        parts = out if isinstance(out, tuple | list) else [out]
+        self.shapes.update(part.shape for part in parts if isinstance(part, torch.Tensor))
+        return out
+
+
+@pytest.fixture(scope="session")
+def shapes_made() -> type[ShapesMade]:
+    return ShapesMade
 
 
 @pytest.fixture(scope="session")

@@ -42,13 +42,15 @@ def test_equals_attention_under_a_block_mask_with_gradients(monkeypatch, short, 
 
 @pytest.mark.parametrize("short", [0, 512])
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_a_sequence_sees_the_one_it_continues_and_no_other(monkeypatch, short, kv_heads):
+def test_a_sequence_sees_what_it_continues_and_no_other(monkeypatch, short, kv_heads):
     monkeypatch.setattr(attention, "SHORT", short)
-    lengths, contexts = [4, 7, 1, 3, 5], [None, 0, 0, None, 3]
+    lengths, contexts = [4, 7, 1, 3, 5, 2], [None, 0, 0, None, 3, 1]  # the last: a chain of three
     qkv = random_qkv(lengths, kv_heads=kv_heads)
-    owner = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths))
-    parent = torch.tensor([-1, 0, 0, -1, 3])[owner]
-    seen = block_causal(lengths) | (owner[None] == parent[:, None])
+    owner = torch.repeat_interleave(torch.arange(6), torch.tensor(lengths))
+    ancestors = torch.zeros(6, 6, dtype=torch.bool)
+    for number, of_number in enumerate([[], [0], [0], [], [3], [0, 1]]):
+        ancestors[number, of_number] = True
+    seen = block_causal(lengths) | ancestors[owner][:, owner]
     expected = scaled_dot_product_attention(*qkv, attn_mask=seen, enable_gqa=True).transpose(1, 2)
     actual, _ = attention.packed_attention(None, *qkv, None, sequence_lengths=lengths, contexts=contexts)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

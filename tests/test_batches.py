@@ -12,6 +12,7 @@ from stages.lib.batches import (
     pack,
     pad,
     pad_collate_fn,
+    shared_prefix_length,
 )
 
 
@@ -75,17 +76,70 @@ def test_pack_worked_example():
     assert packed.label_sequence.tolist() == [0, 1, 1]
 
 
-def test_pack_with_shared_prompts_worked_example():
-    packed = pack([[10, 11], [20], [10, 11]], [[12], [21, 22], [13, 14]], share_prompts=True)
+def test_pack_shares_equal_prompts_worked_example():
+    packed = pack([[10, 11], [20], [10, 11]], [[12], [21, 22], [13, 14]], share_prefixes=True)
     assert packed.input_ids.tolist() == [[10, 11, 12, 20, 21, 22, 13, 14]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 2, 3]]
-    assert packed.sequence_lengths == [2, 1, 1, 2, 2]
-    assert packed.contexts == [None, 0, None, 2, 0]
+    assert packed.sequence_lengths == [2, 1, 3, 2]
+    assert packed.contexts == [None, 0, None, 0]
     # 13 is predicted at the shared 11 (position 1), 14 at 13 (position 6)
     assert packed.completion_index.tolist() == [1, 3, 4, 1, 6]
+    assert packed.last_index.tolist() == [2, 5, 7]
     assert packed.labels.tolist() == [12, 21, 22, 13, 14]
     assert packed.label_sequence.tolist() == [0, 1, 1, 2, 2]
     assert packed.num_completions == 3
+
+
+def test_pack_shares_the_beginning_of_all_prompts_worked_example():
+    packed = pack([[1, 2, 10], [1, 2, 20, 21], [1, 2, 10]], [[11], [22, 23], [12, 13]], share_prefixes=True)
+    # [1 2] | [10] [11] | [20 21 22 23] | [12 13]
+    assert packed.input_ids.tolist() == [[1, 2, 10, 11, 20, 21, 22, 23, 12, 13]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 5, 3, 4]]
+    assert packed.sequence_lengths == [2, 1, 1, 4, 2]
+    assert packed.contexts == [None, 0, 1, 0, 1]
+    assert packed.completion_index.tolist() == [2, 5, 6, 2, 8]
+    assert packed.last_index.tolist() == [3, 7, 9]
+    assert packed.labels.tolist() == [11, 22, 23, 12, 13]
+
+
+@pytest.mark.parametrize(
+    ("texts", "length"),
+    [
+        ([], 0),
+        ([[1, 2, 3]], 0),
+        ([[1, 2, 3], [1, 2, 4]], 2),
+        ([[1, 2, 3], [1, 2]], 1),  # each keeps a token of its own: the one that predicts its completion
+        ([[1], [1, 2]], 0),
+        ([[3, 1], [2, 1], [3, 2]], 0),
+    ],
+)
+def test_what_texts_begin_with(texts, length):
+    assert shared_prefix_length(texts) == length
+
+
+token_lists = st.lists(st.integers(0, 2), min_size=1, max_size=6)
+
+
+@given(st.lists(st.tuples(token_lists, token_lists), min_size=1, max_size=8), st.booleans())
+def test_a_packed_text_reads_back_through_its_contexts(texts, share_prefixes):
+    prompts, completions = map(list, zip(*texts, strict=True))
+    packed = pack(prompts, completions, share_prefixes)
+    ids, positions = packed.input_ids[0].tolist(), packed.position_ids[0].tolist()
+    starts = [sum(packed.sequence_lengths[:i]) for i in range(len(packed.sequence_lengths))]
+
+    def text_up_to(place: int) -> list[int]:
+        number = max(i for i, start in enumerate(starts) if start <= place)
+        context = packed.contexts[number]
+        before = [] if context is None else text_up_to(starts[context] + packed.sequence_lengths[context] - 1)
+        text = before + ids[starts[number] : place + 1]
+        assert positions[place] == len(text) - 1
+        return text
+
+    assert [text_up_to(place) for place in packed.last_index.tolist()] == [p + c for p, c in texts]
+    seen = [text_up_to(place) for place in packed.completion_index.tolist()]
+    assert seen == [p + c[:i] for p, c in texts for i in range(len(c))]
+    if share_prefixes:
+        assert len(ids) <= sum(len(p) + len(c) for p, c in texts)
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [([], [1]), ([1], [])])

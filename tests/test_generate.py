@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from stages.lib.generate import generate, in_precision, sample_token
+from stages.lib.models import freeze
 
 CPU = torch.device("cpu")
 PROMPTS = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65, 66], [1, 70, 71], [1, 80, 81, 82, 83]]
@@ -24,9 +25,11 @@ def lively_model(tiny_model):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_greedy_is_transformers_greedy_whatever_the_batch(lively_model, tokenizer, batch_size):
+@pytest.mark.parametrize("beginning", [[], [9, 8, 7]])
+def test_greedy_is_transformers_greedy_whatever_the_batch(lively_model, tokenizer, batch_size, beginning):
     expected = []
-    for prompt in PROMPTS:
+    prompts = [beginning + prompt for prompt in PROMPTS]
+    for prompt in prompts:
         output = lively_model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -35,7 +38,34 @@ def test_greedy_is_transformers_greedy_whatever_the_batch(lively_model, tokenize
             suppress_tokens=[tokenizer.pad_token_id],
         )
         expected.append(output[0, len(prompt) :].tolist())
-    assert run(lively_model, tokenizer, batch_size=batch_size) == expected
+    assert run(lively_model, tokenizer, prompts, batch_size=batch_size) == expected
+
+
+def test_what_all_prompts_begin_with_is_read_once(lively_model, tokenizer):
+    read = []
+    lively_model.register_forward_pre_hook(
+        lambda module, args, options: read.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    run(lively_model, tokenizer, [[*range(20, 40), 1, 2, 3], [*range(20, 40), 4, 5, 6, 7]], new=2)
+    assert read == [20, 2 * 4, 2]
+
+
+def test_the_output_weights_are_not_copied_for_each_row(tiny_model, tokenizer, shapes_made):
+    """Frozen weights and the slice `hidden[:, -1:]`: torch would multiply row by row, with as many copies."""
+    with shapes_made() as shapes:
+        run(freeze(tiny_model), tokenizer, new=2)
+    assert max(shape.numel() for shape in shapes) == tiny_model.lm_head.weight.numel()
+
+
+def test_a_batch_shrinks_by_whole_blocks_of_rows(lively_model, tokenizer):
+    rows = []
+    lively_model.register_forward_pre_hook(
+        lambda module, args, options: rows.append(len(options["input_ids"])), with_kwargs=True
+    )
+    answers = run(lively_model, tokenizer, [[1, 40 + i] for i in range(9)], new=[8, 1, 2, 3, 4, 5, 6, 7, 8])
+    assert [len(answer) for answer in answers] == [8, 1, 2, 3, 4, 5, 6, 7, 8]
+    # 9 8 7 6 5 4 3 2 rows are left to answer, after the prefix
+    assert rows == [1, 9, 8, 8, 8, 8, 4, 4, 4]
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])

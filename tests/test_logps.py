@@ -121,11 +121,11 @@ def test_token_logps_survive_huge_logits():
     assert logps.item() == -2000.0 and entropy.item() == 0.0
 
 
-@pytest.mark.parametrize("share_prompts", [False, True])
-def test_packed_logps_equal_the_textbook_with_gradients(tiny_model, share_prompts):
+@pytest.mark.parametrize("share_prefixes", [False, True])
+def test_packed_logps_equal_the_textbook_with_gradients(tiny_model, share_prefixes):
     generator = torch.Generator().manual_seed(3)
     prompts = random_ids(generator, 5, 1, 17)
-    prompts.append(prompts[0])
+    prompts = [[7, 8, 9, *prompt] for prompt in [*prompts, prompts[0]]]  # a beginning in common, and equal ones
     completions = random_ids(generator, 1, 9, 40, 2)  # a one-token completion among them
     expected = textbook_logps(tiny_model, prompts, completions)
     expected.sum().backward()
@@ -134,7 +134,7 @@ def test_packed_logps_equal_the_textbook_with_gradients(tiny_model, share_prompt
 
     module = CompletionLogps(tiny_model)
     with use_packed_attention(tiny_model):
-        actual = module(pack(prompts, completions, share_prompts))
+        actual = module(pack(prompts, completions, share_prefixes))
     actual.sum().backward()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     for name, parameter in tiny_model.named_parameters():
@@ -166,24 +166,13 @@ def test_completion_logps_keep_the_order_whatever_the_budget(tiny_model, micro_b
     assert tiny_model.config._attn_implementation == "sdpa"  # given back as it was
 
 
-def test_no_tensor_of_length_times_vocabulary_is_made(tiny_model, monkeypatch):
+def test_no_tensor_of_length_times_vocabulary_is_made(tiny_model, monkeypatch, shapes_made):
     # the textbook's logits would be (1, 65, 512): nothing as large may appear, forward or backward
     monkeypatch.setattr(logps_module, "SLICE_ELEMENTS", 60 * 32)
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(tensor, torch.Tensor) and 512 not in tensor.shape[:1]:  # the weight itself
-                    largest = max(largest, tensor.numel())
-            return out
-
     module = CompletionLogps(tiny_model)
-    with use_packed_attention(tiny_model), Watch():
+    with use_packed_attention(tiny_model), shapes_made() as shapes:
         module(pack([[5] * 5], [[6] * 60])).sum().backward()
-    assert largest < 60 * 512
+    assert max(shape.numel() for shape in shapes if shape[:1] != (512,)) < 60 * 512  # (512, 32): the weight
 
 
 def test_output_layers_with_a_bias_are_refused(tiny_model):

@@ -44,8 +44,8 @@ def packed_attention(
         query: (1, H, T, D), T being the sum of `sequence_lengths`.
         key, value: (1, H_kv, T, D), H a multiple of H_kv.
         sequence_lengths: tokens of each sequence, in order.
-        contexts: for each sequence the number of the one it continues, all of which it sees; None: it starts
-            afresh. Left out: all start afresh.
+        contexts: for each sequence the number of an earlier one that it continues: it sees all that this one
+            sees; None: it starts afresh. Left out: all start afresh.
 
     Returns:
         (1, T, H, D), and None in place of attention weights.
@@ -55,8 +55,10 @@ def packed_attention(
             which this function does not compute.
     """
     contexts = contexts or [None] * len(sequence_lengths)
-    before = [0 if context is None else sequence_lengths[context] for context in contexts]
-    longest = max(n + m for n, m in zip(before, sequence_lengths, strict=True))
+    spans = []  # of each sequence with all it continues
+    for context, length in zip(contexts, sequence_lengths, strict=True):
+        spans.append(length if context is None else spans[context] + length)
+    longest = max(spans)
     if dropout or softcap or s_aux is not None or (sliding_window and sliding_window < longest):
         raise UserError(
             f"{type(module).__name__}: dropout, soft-capped, sink or windowed attention over {longest} tokens "
@@ -64,18 +66,19 @@ def packed_attention(
         )
     flash = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embedding left them in float32
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not any(before):
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and spans == sequence_lengths:
         ends = torch.tensor([0, *sequence_lengths], device=query.device).cumsum(0, dtype=torch.int32)
         rows = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))  # (T, H, D) each
         output = varlen_attn(*rows, ends, ends, longest, longest, window_size=(-1, 0), **flash)
         return output.unsqueeze(0), None
     # split, not slices: its backward is one concatenation instead of a full-size tensor per sequence
-    queries, keys, values = (x.split(sequence_lengths, dim=2) for x in (query, key, value))
+    queries, keys, values = (list(x.split(sequence_lengths, dim=2)) for x in (query, key, value))
     outputs = []
     for number, context in enumerate(contexts):
-        q, k, v = queries[number], keys[number], values[number]
         if context is not None:
-            k, v = torch.cat((keys[context], k), dim=2), torch.cat((values[context], v), dim=2)
+            for seen in (keys, values):
+                seen[number] = torch.cat((seen[context], seen[number]), dim=2)
+        q, k, v = queries[number], keys[number], values[number]
         if k.shape[2] <= SHORT and not q.is_cuda:
             outputs.append(_written_out(q, k, v, scaling))
         elif context is None:

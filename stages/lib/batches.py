@@ -1,5 +1,6 @@
 """Padding, collating, packing, and grouping by a token budget."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,16 +58,18 @@ def pad_collate_fn(batch: list[dict[str, list[int]]], pad_token_id: int) -> dict
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """S sequences (prompt + completion) one after another in a single row of T tokens, without padding.
+    """S texts (prompt + completion) one after another in a single row of T tokens, without padding.
 
-    Where prompts are shared, each distinct prompt is a sequence of its own, which its completions continue.
+    Where prefixes are shared, a text is cut into sequences: what it has in common with others is a sequence of
+    its own, which theirs continue.
 
     input_ids:         (1, T)
     position_ids:      (1, T) restarting at 0 in each sequence, or going on where its context ends
-    sequence_lengths:  ints whose sum is T; S of them unless prompts are shared
-    contexts:          for each of these sequences the number of the one it continues, or None
+    sequence_lengths:  ints whose sum is T; S of them unless prefixes are shared
+    contexts:          for each of these sequences the number of an earlier one that it continues, or None
     num_completions:   S
     completion_index:  (N,) positions whose hidden state predicts a completion token
+    last_index:        (S,) position of each completion's last token
     labels:            (N,) those completion tokens
     label_sequence:    (N,) which of the S completions each label belongs to
     """
@@ -77,6 +80,7 @@ class PackedBatch:
     contexts: list[int | None]
     num_completions: int
     completion_index: Tensor
+    last_index: Tensor
     labels: Tensor
     label_sequence: Tensor
 
@@ -89,46 +93,58 @@ class PackedBatch:
 
 
 def pack(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], share_prompts: bool = False
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], share_prefixes: bool = False
 ) -> PackedBatch:
     """Packs S prompts with their completions; both have at least one token each.
 
     Args:
-        share_prompts: equal prompts go into the row once. Causality makes that exact: what a prompt computes
-            does not depend on what follows it.
+        share_prefixes: the beginning that all prompts have in common (a chat template's system message) and
+            equal prompts go into the row once. Causality makes that exact: what a prefix computes does not
+            depend on what follows it.
 
     Raises:
         ValueError: an empty prompt or completion: no position would predict the completion's first token.
     """
-    input_ids: list[int] = []
-    position_ids: list[int] = []
-    completion_index: list[int] = []
-    labels: list[int] = []
-    label_sequence: list[int] = []
-    sequence_lengths: list[int] = []
-    contexts: list[int | None] = []
-    shared: dict[tuple[int, ...], tuple[int, int]] = {}  # prompt -> its number as a sequence, its last position
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if len(prompt) == 0 or len(completion) == 0:
             raise ValueError(f"sequence {number}: prompt and completion need at least one token each")
-        context, last = shared.get(tuple(prompt), (None, 0))
-        if context is None:
-            input_ids += prompt
-            position_ids += range(len(prompt))
-            last = len(input_ids) - 1  # the prompt's last token predicts the completion's first
-            if share_prompts:
-                context = len(sequence_lengths)
-                shared[tuple(prompt)] = context, last
-                sequence_lengths.append(len(prompt))
-                contexts.append(None)
-        start = len(input_ids)
-        completion_index += [last, *range(start, start + len(completion) - 1)]
+    input_ids: list[int] = []
+    position_ids: list[int] = []
+    sequence_lengths: list[int] = []
+    contexts: list[int | None] = []
+
+    def append(ids: Sequence[int], context: int | None, start: int) -> int:
+        """Adds a sequence whose first token has position `start`; gives its number."""
+        input_ids.extend(ids)
+        position_ids.extend(range(start, start + len(ids)))
+        sequence_lengths.append(len(ids))
+        contexts.append(context)
+        return len(contexts) - 1
+
+    uses = Counter(map(tuple, prompts)) if share_prefixes else Counter()
+    common = shared_prefix_length(list(uses))
+    root = append(prompts[0][:common], None, 0) if common else None
+    shared: dict[tuple[int, ...], tuple[int, int]] = {}  # prompt -> its number as a sequence, its last position
+    completion_index: list[int] = []
+    last_index: list[int] = []
+    labels: list[int] = []
+    label_sequence: list[int] = []
+    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        key = tuple(prompt)
+        if uses[key] > 1:
+            if key not in shared:
+                shared[key] = append(prompt[common:], root, common), len(input_ids) - 1
+            context, before = shared[key]  # the prompt's last token predicts the completion's first
+            start = len(input_ids)
+            append(completion, context, len(prompt))
+        else:
+            start = len(input_ids) + len(prompt) - common
+            before = start - 1
+            append([*prompt[common:], *completion], root, common)
+        completion_index += [before, *range(start, start + len(completion) - 1)]
+        last_index.append(start + len(completion) - 1)
         labels += completion
         label_sequence += [number] * len(completion)
-        input_ids += completion
-        position_ids += range(len(prompt), len(prompt) + len(completion))
-        sequence_lengths.append(len(completion) if share_prompts else len(prompt) + len(completion))
-        contexts.append(context)
     return PackedBatch(
         input_ids=torch.tensor([input_ids]),
         position_ids=torch.tensor([position_ids]),
@@ -136,9 +152,27 @@ def pack(
         contexts=contexts,
         num_completions=len(completions),
         completion_index=torch.tensor(completion_index),
+        last_index=torch.tensor(last_index),
         labels=torch.tensor(labels),
         label_sequence=torch.tensor(label_sequence),
     )
+
+
+def shares_prefixes(device: torch.device) -> bool:
+    """Whether to run equal beginnings once: on CPUs; variable-length attention on GPUs wants whole sequences."""
+    return device.type == "cpu"
+
+
+def shared_prefix_length(texts: Sequence[Sequence[int]]) -> int:
+    """How many tokens several different texts all begin with; at least one of each text is left over.
+
+    One text, or none, shares nothing: 0.
+    """
+    if len(texts) < 2:
+        return 0
+    first, last = min(texts), max(texts)  # the others lie between in the dictionary's order
+    most = min(map(len, texts)) - 1
+    return next((i for i in range(most) if first[i] != last[i]), most)
 
 
 def group_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Answers to prompts: batched decoding, greedy or sampled, in which no answer depends on its batch mates."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
+from stages.lib.batches import shared_prefix_length, shares_prefixes
 from stages.lib.models import DTYPES
 
 CACHE_BLOCK = 64  # positions by which the key-value cache grows
+ROW_BLOCK = 4  # rows by which a batch shrinks: MKL takes half as long again for 7 rows as for 8
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ def generate(
 ) -> list[list[int]]:
     """One answer to each prompt.
 
-    Prompts of like length share a batch, padded on the left, so that all their last tokens predict in the same
-    column; a row leaves its batch when it has ended. Decoding reads every weight once per token and is bound
+    Prompts of like length share a batch, padded so that all their last tokens predict in the same column; what
+    all of them begin with is read once (on CPUs). Rows that have ended leave their batch. Decoding reads every weight once per token and is bound
     by memory, so the weights themselves are held in `precision` (a copy; the model given stays as it is).
 
     Sampling draws one uniform number per prompt and position from `seed` and looks it up in the cumulative
@@ -174,14 +177,25 @@ def _decode(
     bar: tqdm,
 ) -> None:
     """Answers the prompts `rows` in one batch, into `responses`."""
-    width = max(len(prompt_ids[i]) for i in rows)
-    pads = [width - len(prompt_ids[i]) for i in rows]
     device = model.device
-    ids = [[tokenizer.pad_token_id] * pad + prompt_ids[i] for i, pad in zip(rows, pads, strict=True)]
-    inputs = torch.tensor(ids, device=device)
-    mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    prompts = [prompt_ids[i] for i in rows]
+    common = shared_prefix_length(prompts) if shares_prefixes(device) else 0
     cache = Cache(layer_class_to_replicate=RoomyLayer)
+    # by index, which copies: of a frozen model's slice of hidden states, torch would make the logits with one copy
+    # of the output weights per row
+    last = torch.tensor([-1], device=device)
+    if common:
+        prefix = torch.tensor([prompts[0][:common]], device=device)
+        model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=last)
+        cache.batch_repeat_interleave(len(rows))
+    width = max(map(len, prompts))
+    pads = [width - len(prompt) for prompt in prompts]
+    ids = [[tokenizer.pad_token_id] * pad + prompt[common:] for prompt, pad in zip(prompts, pads, strict=True)]
+    inputs = torch.tensor(ids, device=device)
+    mask = [[1] * common + [0] * pad + [1] * (width - common - pad) for pad in pads]
+    mask = torch.tensor(mask, device=device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, common:]
+    going = list(range(len(rows)))  # places of the rows that have not ended
     for step in range(max(budgets[i] for i in rows)):
         logits = model(
             input_ids=inputs,
@@ -189,26 +203,33 @@ def _decode(
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         ).logits[:, -1]
         logits[:, tokenizer.pad_token_id] = -torch.inf
         if temperature is None:
             tokens = logits.argmax(-1)
         else:
             tokens = sample_token(logits, draws[rows, step], temperature, top_p)
-        for i, token in zip(rows, tokens.tolist(), strict=True):
-            responses[i].append(token)
+        answered = tokens.tolist()
+        for place in going:
+            responses[rows[place]].append(answered[place])
+        before = len(going)
         going = [
-            j
-            for j, i in enumerate(rows)
-            if responses[i][-1] != tokenizer.eos_token_id and len(responses[i]) < budgets[i]
+            place
+            for place in going
+            if responses[rows[place]][-1] != tokenizer.eos_token_id
+            and len(responses[rows[place]]) < budgets[rows[place]]
         ]
-        bar.update(len(rows) - len(going))
+        bar.update(before - len(going))
         if not going:
             return
-        if len(going) < len(rows):
-            kept = torch.tensor(going, device=device)
-            rows = [rows[j] for j in going]
+        room = math.ceil(len(going) / ROW_BLOCK) * ROW_BLOCK
+        if room < len(rows):
+            ended = sorted(set(range(len(rows))) - set(going))
+            kept = sorted(going + ended[: room - len(going)])
+            going = [kept.index(place) for place in going]
+            rows = [rows[place] for place in kept]
+            kept = torch.tensor(kept, device=device)
             cache.batch_select_indices(kept)
             tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
         inputs = tokens[:, None]

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from stages.lib.attention import lean_embedding, use_packed_attention
-from stages.lib.batches import PackedBatch, consecutive_groups, pack
+from stages.lib.batches import PackedBatch, consecutive_groups, pack, shares_prefixes
 from stages.lib.errors import UserError
 from stages.lib.models import autocast
 
@@ -131,11 +131,6 @@ def _in_autocast_dtype(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(device_type)) if autocast else tensor
 
 
-def shares_prompts(device: torch.device) -> bool:
-    """Whether to run equal prompts once: on CPUs; variable-length attention on GPUs wants whole sequences."""
-    return device.type == "cpu"
-
-
 class CompletionLogps(nn.Module):
     """A causal language model as a function from packed sequences to their completions' log-probs.
 
@@ -211,7 +206,7 @@ def completion_logps(
         for places in consecutive_groups([lengths[i] for i in by_prompt], micro_batch_tokens):
             group = [by_prompt[place] for place in places]
             texts = [prompts[i] for i in group], [completions[i] for i in group]
-            batch = pack(*texts, shares_prompts(model.device)).to(model.device)
+            batch = pack(*texts, shares_prefixes(model.device)).to(model.device)
             logps[group] = module(batch).cpu()
             bar.update(sum(lengths[i] for i in group))
     return logps

@@ -35,7 +35,7 @@ from trl.experimental import ppo as trl_ppo
 from trl.experimental.ppo.ppo_trainer import batch_generation
 
 from stages.lib.attention import lean_embedding, use_packed_attention
-from stages.lib.batches import PackedBatch, group_by_tokens, pack, pad
+from stages.lib.batches import PackedBatch, group_by_tokens, pack, pad, shares_prefixes
 from stages.lib.checkpoints import Checkpoints
 from stages.lib.generate import generate
 from stages.lib.logps import CompletionLogps, token_logps_and_entropies
@@ -393,12 +393,12 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 table[real] = flat
                 ref_logps[rows] = table[:, :-1] * mask[rows]  # an EOS added for scoring is not the policy's
                 if reward is reference:
-                    scores[rows] = apply_head(self.reward_model, hidden[last_positions(batch)])
+                    scores[rows] = apply_head(self.reward_model, hidden[batch.last_index])
         if reward is not reference:
             with use_packed_attention(reward), autocast(self.device, self.precision):
                 for rows, batch in self._packed(prompts, closed):
                     hidden = last_hidden_state(reward, batch)
-                    scores[rows] = apply_head(self.reward_model, hidden[last_positions(batch)])
+                    scores[rows] = apply_head(self.reward_model, hidden[batch.last_index])
         return ref_logps, scores
 
     def _closed(self, response: list[int]) -> list[int]:
@@ -702,7 +702,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             yield rows, self._pack(prompts, responses, rows)
 
     def _pack(self, prompts: list[list[int]], responses: list[list[int]], rows: list[int]) -> PackedBatch:
-        return pack([prompts[i] for i in rows], [responses[i] for i in rows]).to(self.device)
+        texts = [prompts[i] for i in rows], [responses[i] for i in rows]
+        return pack(*texts, shares_prefixes(self.device)).to(self.device)
 
     def _token_logps(self, model: PreTrainedModel, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """(N,) log-probs and entropies of the response tokens, at the sampling temperature."""
@@ -715,11 +716,13 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         Normalised as the scores are, so that the value model starts as the reward model's own estimate.
         """
         hidden = last_hidden_state(backbone_of(self.value_model), batch)
-        first = batch.completion_index[
-            batch.label_sequence.diff(prepend=batch.label_sequence.new_tensor([-1])) > 0
-        ]
-        offsets = torch.arange(value_mask.shape[1], device=self.device)
-        values = apply_head(self.value_model, hidden[(first[:, None] + offsets)[value_mask]])
+        lengths = batch.label_sequence.bincount()[:, None]
+        positions = torch.arange(value_mask.shape[1], device=self.device)
+        index = torch.zeros_like(value_mask, dtype=torch.int64)
+        index[positions < lengths] = batch.completion_index
+        after = value_mask & (positions == lengths)  # stock's one position more
+        index[after] = batch.last_index[after.any(1)]
+        values = apply_head(self.value_model, hidden[index[value_mask]])
         return (values - self.score_mean) / self.score_std
 
     @contextmanager
@@ -744,11 +747,6 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 def mask_of_lengths(lengths: list[int], width: int, device: torch.device) -> Tensor:
     """(B, width) True on the first `lengths[i]` positions of row i."""
     return torch.arange(width, device=device)[None] < torch.tensor(lengths, device=device)[:, None]
-
-
-def last_positions(batch: PackedBatch) -> Tensor:
-    """(S,) where each packed sequence's last token stands."""
-    return torch.tensor(batch.sequence_lengths, device=batch.input_ids.device).cumsum(0) - 1
 
 
 def scatter_rows(table: Tensor, rows: list[int], mask: Tensor, flat: Tensor) -> None:

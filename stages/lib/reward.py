@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from stages.lib.attention import use_packed_attention
-from stages.lib.batches import group_by_tokens, pack
+from stages.lib.batches import group_by_tokens, pack, shares_prefixes
 from stages.lib.errors import UserError
 from stages.lib.models import autocast, disable_dropout_in_model
 
@@ -84,10 +84,11 @@ def pooled_features(
     bar = tqdm(total=sum(lengths), desc=progress, unit="tok", unit_scale=True, disable=progress is None)
     with use_packed_attention(backbone), autocast(model.device, precision), bar:
         for group in group_by_tokens(lengths, micro_batch_tokens):
-            batch = pack([sequences[i][:-1] for i in group], [sequences[i][-1:] for i in group]).to(model.device)
+            texts = [sequences[i][:-1] for i in group], [sequences[i][-1:] for i in group]
+            batch = pack(*texts, shares_prefixes(model.device)).to(model.device)
             hidden = last_hidden_state(backbone, batch)
-            features[group] = hidden[batch.completion_index + 1].float().cpu()
-            bar.update(sum(batch.sequence_lengths))
+            features[group] = hidden[batch.last_index].float().cpu()
+            bar.update(sum(lengths[i] for i in group))
     return features
 
 
@@ -98,6 +99,7 @@ def last_hidden_state(backbone: nn.Module, batch) -> Tensor:
         position_ids=batch.position_ids,
         use_cache=False,
         sequence_lengths=batch.sequence_lengths,
+        contexts=batch.contexts,
     ).last_hidden_state[0]
 
 
