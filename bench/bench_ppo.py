@@ -41,7 +41,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="episodes per update")
     parser.add_argument("--response-length", type=int, default=53, help="tokens")
     parser.add_argument("--num-ppo-epochs", type=int, default=2)
-    parser.add_argument("--micro-batch-tokens", type=int, default=512, help="ours: memory dial")
+    parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="ours: memory dial")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", type=Path, help="default: bench/results/ppo_<device>.json")
     return parser.parse_args(arguments)

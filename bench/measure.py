@@ -63,7 +63,7 @@ class PrecisionWatch:
     """
 
     def __init__(self):
-        self._rows: Counter[str] = Counter()
+        self._rows: Counter[tuple[torch.dtype, torch.dtype]] = Counter()  # of weights, of products
 
     def on(self, model: nn.Module) -> nn.Module:
         for module in model.modules():
@@ -72,13 +72,17 @@ class PrecisionWatch:
         return model
 
     def _record(self, module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-        name = f"{module.weight.dtype} weights, {output.dtype} products".replace("torch.", "")
-        self._rows[name] += output.numel() // output.shape[-1]
+        self._rows[module.weight.dtype, output.dtype] += output.numel() // output.shape[-1]
 
     def seen(self) -> str:
         """Such as 'float32 weights, bfloat16 products'; several, joined by ' and ', if they differed."""
         floor = self._rows.total() / 100
-        return " and ".join(sorted(name for name, rows in self._rows.items() if rows > floor))
+        seen = [
+            f"{weights} weights, {products} products"
+            for (weights, products), rows in self._rows.items()
+            if rows > floor
+        ]
+        return " and ".join(sorted(seen)).replace("torch.", "")
 
 
 def now(device: torch.device) -> float:

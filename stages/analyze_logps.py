@@ -15,7 +15,6 @@ Writes  reports/analyze_logps/logps.parquet         model, group, row, prompt_id
 Run     dvc repro analyze_logps                     (untracked: python -m stages.analyze_logps)
 """
 
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import pandas as pd
 from stages.lib import plots, rankings
 from stages.lib.answer import answer
 from stages.lib.artefacts import atomic_path, read_parquet, round_floats, write_history, write_json, write_parquet
+from stages.lib.draws import draw
 from stages.lib.logps import completion_logps
 from stages.lib.memorisation import change_quantiles, changes, displacement, levels, pair_changes, tidy
 from stages.lib.models import freeze, load_causal_lm, pick_device, pick_precision
@@ -105,25 +105,19 @@ def collect_texts(
         pairs = pd.DataFrame(read_parquet(root / f"data/tokenized/pairs_{split}.parquet"))
         reference = pd.DataFrame(read_reference_logps(root, split))
         if split == "train":
-            pairs = drawn(pairs, max_train_pairs, seed)
+            pairs = pairs.iloc[draw(len(pairs), max_train_pairs, seed)]
         pairs = pairs.merge(reference, on=["row", "prompt_id"], validate="one_to_one")
         for side in ("chosen", "rejected"):
             columns = {f"{side}_input_ids": "completion_ids", f"{side}_logps": "base_logp"}
             table = pairs.rename(columns={"prompt_input_ids": "prompt_ids", **columns})
             tables.append(table.assign(group=f"{split}_{side}"))
-    unseen = drawn(pd.DataFrame(read_parquet(root / "data/tokenized/unseen.parquet")), max_unseen_texts, seed)
+    unseen = pd.DataFrame(read_parquet(root / "data/tokenized/unseen.parquet"))
+    unseen = unseen.iloc[draw(len(unseen), max_unseen_texts, seed)]
     unseen = unseen.rename(columns={"prompt_input_ids": "prompt_ids", "response_input_ids": "completion_ids"})
     texts = pd.concat([*tables, unseen.assign(group="unseen")], ignore_index=True)
     texts["tokens"] = texts["completion_ids"].map(len)
     texts["prompt_id"] = texts["prompt_id"].astype("Int64")
     return texts[["group", "row", "prompt_id", "prompt_ids", "completion_ids", "tokens", "base_logp"]]
-
-
-def drawn(table: pd.DataFrame, count: int | None, seed: int) -> pd.DataFrame:
-    """`count` rows at random, in their own order; all where there are no more, or `count` is None."""
-    if count is None or count >= len(table):
-        return table
-    return table.loc[sorted(random.Random(seed).sample(range(len(table)), count))]
 
 
 def write_answer(root: Path, texts: pd.DataFrame, estimates: dict, confidence: float) -> None:

@@ -20,7 +20,7 @@ from stages.lib.pairs import (
     check_pair,
     check_text,
     collect,
-    draw,
+    draw_pairs,
     heldout_prompts,
     normalise_prompt,
     number_prompts,
@@ -51,7 +51,7 @@ class Params:
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     source = open_source(params.hub_id, params.revision, root / params.path)
     pairs = without_duplicates(collect(source, check_pair, params.on_bad_row))
-    pairs = draw(pairs, params.max_pairs, base.seed)
+    pairs = draw_pairs(pairs, params.max_pairs, base.seed)
     prompt_ids = number_prompts(pairs.rows)
     num_prompts = len(set(prompt_ids.values()))
     heldout = heldout_prompts(num_prompts, params.holdout_fraction, base.seed)

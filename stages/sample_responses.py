@@ -10,7 +10,6 @@ Writes  reports/sample_responses/samples.json   every prompt and its six answers
 Run     dvc repro sample_responses              (untracked: python -m stages.sample_responses)
 """
 
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.lib.artefacts import atomic_path, read_parquet, round_floats, write_history, write_json
 from stages.lib.chat import text_ids
+from stages.lib.draws import draw
 from stages.lib.errors import UserError
 from stages.lib.gallery import gallery_entries, side_by_side
 from stages.lib.generate import Answer, answer_prompts, in_precision
@@ -106,11 +106,10 @@ def choose_prompts(root: Path, tokenizer: PreTrainedTokenizerBase, count: int, s
     heldout = [row for row in heldout if row["prompt"] != FIRST_PROMPT]
     if not heldout:
         raise UserError("no held-out prompt to answer; raise fetch_pairs.holdout_fraction or max_pairs")
-    drawn = sorted(random.Random(seed).sample(range(len(heldout)), min(count, len(heldout))))
     message = [{"role": "user", "content": FIRST_PROMPT}]
     rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     first = {"prompt": FIRST_PROMPT, "prompt_id": None, "input_ids": text_ids(rendered, tokenizer)}
-    return [first] + [heldout[i] for i in drawn]
+    return [first] + [heldout[i] for i in draw(len(heldout), count, seed)]
 
 
 if __name__ == "__main__":

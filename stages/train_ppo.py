@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback
 
 from stages.lib.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.checkpoints import Checkpoints
+from stages.lib.draws import draw
 from stages.lib.errors import UserError
 from stages.lib.models import load_causal_lm, load_tokenizer, pick_device, pick_precision, save_model, set_seed
 from stages.lib.params import Base, require
@@ -157,13 +158,6 @@ def habits_of(answers: Answers, tokenizer: PreTrainedTokenizerBase) -> dict[str,
     }
 
 
-def draw_prompts(columns: dict[str, list], count: int | None, seed: int) -> dict[str, list]:
-    """`count` rows drawn by seed, in their old order; all of them where there are no more."""
-    total = len(columns["prompt_id"])
-    picks = np.sort(np.random.default_rng(seed).permutation(total)[: count or total])
-    return {name: [values[i] for i in picks] for name, values in columns.items()}
-
-
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     with Checkpoints("train_ppo", root, base, params) as checkpoints:
         return train_and_report(base, params, root, checkpoints)
@@ -173,9 +167,9 @@ def train_and_report(base: Base, params: Params, root: Path, checkpoints: Checkp
     device = pick_device()
     precision = pick_precision(base.precision, device)
     train = read_parquet(root / "data/tokenized/prompts_train.parquet")
-    heldout = draw_prompts(
-        read_parquet(root / "data/tokenized/prompts_heldout.parquet"), params.eval_prompts, base.seed
-    )
+    heldout = read_parquet(root / "data/tokenized/prompts_heldout.parquet")
+    drawn = draw(len(heldout["prompt_id"]), params.eval_prompts, base.seed)
+    heldout = {name: [values[i] for i in drawn] for name, values in heldout.items()}
     if len(train["input_ids"]) < params.batch_size:
         raise UserError(
             f"{len(train['input_ids'])} training prompts are fewer than train_ppo.batch_size={params.batch_size}"

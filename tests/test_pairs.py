@@ -12,7 +12,7 @@ from stages.lib.pairs import (
     check_pair,
     check_text,
     collect,
-    draw,
+    draw_pairs,
     heldout_prompts,
     normalise_prompt,
     number_prompts,
@@ -164,11 +164,11 @@ def test_duplicates_are_equal_in_all_three_texts():
 
 def test_draw_is_random_by_seed_in_order_and_keeps_all_when_few():
     pairs = collected(*(Pair(str(i), "c", "r") for i in range(200)))
-    drawn = draw(pairs, 50, seed=1)
+    drawn = draw_pairs(pairs, 50, seed=1)
     assert len(drawn.rows) == 50 and drawn.dropped == {"over_max_pairs": 150}
     assert list(drawn.rows) == sorted(drawn.rows) and list(drawn.rows) != list(range(1, 51))
-    assert drawn.rows == draw(pairs, 50, seed=1).rows != draw(pairs, 50, seed=2).rows
-    assert draw(pairs, None, 1).rows == draw(pairs, 200, 1).rows == pairs.rows
+    assert drawn.rows == draw_pairs(pairs, 50, seed=1).rows != draw_pairs(pairs, 50, seed=2).rows
+    assert draw_pairs(pairs, None, 1).rows == draw_pairs(pairs, 200, 1).rows == pairs.rows
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_prompt_tokens_that_equal_pad_or_eos_are_seen(build):
     trainer = build()
     prompt, response = [5, PAD, EOS, 9, EOS, 7], [11, 4, EOS]
     mask, _ = trainer.masks_of([response])
-    logps, _ = trainer.logps_of(trainer.policy, [prompt], [response], mask)
+    logps, _ = trainer.logps_of([prompt], [response], mask)
     expected = plain_logps(trainer.policy, prompt, response, trainer.temperature)
     torch.testing.assert_close(logps[0].detach(), expected, atol=1e-5, rtol=1e-5)
 
@@ -316,6 +316,7 @@ def test_statistics_are_means_over_tokens_not_over_padding(build):
     rollout = rollout_of(trainer, prompts, responses)
     with torch.no_grad():
         trainer.policy.lm_head.weight.mul_(1.1)
+    rollout.first_pass = None  # the policy is another by now
     new = [plain_logps(trainer.policy, p, r, trainer.temperature) for p, r in zip(prompts, responses, strict=True)]
     difference = torch.cat(new) - rollout.logps[rollout.mask]
     statistics = defaultdict(list)
@@ -384,6 +385,34 @@ def test_micro_batches_change_nothing_but_memory(build, tokens):
     rows = history_of(build(micro_batch_tokens=tokens, num_mini_batches=2))
     for one, other in zip(expected, rows, strict=True):
         assert one == pytest.approx(other, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        ({}, 2),  # the rollout's, which is the first epoch's too, and the second epoch's
+        ({"num_mini_batches": 2}, 1 + 2 * 2),
+        ({"micro_batch_tokens": 100}, 3 * 2),
+        ({"value_warmup_updates": 1}, 1),
+    ],
+)
+def test_the_rollouts_pass_is_the_first_steps_where_that_step_is_one_micro_batch(build, options, passes):
+    trainer = build(**{"total_episodes": 8, "num_ppo_epochs": 2, "num_mini_batches": 1} | options)
+    seen = []
+    trainer.policy.model.register_forward_pre_hook(
+        lambda module, args, named: seen.append("sequence_lengths" in named), with_kwargs=True
+    )
+    history_of(trainer)
+    assert sum(seen) == passes  # and not those of generation
+
+
+def test_a_kept_pass_trains_like_one_of_the_steps_own(build, monkeypatch):
+    rows = history_of(build(num_mini_batches=1))
+    monkeypatch.setattr(PPOTrainer, "_first_pass", lambda *_: None)
+    expected = history_of(build(num_mini_batches=1))
+    assert len(rows) == 3
+    for one, other in zip(expected, rows, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
 
 
 def test_one_pass_serves_reference_and_reward_where_their_backbones_are_one(build, tmp_path):

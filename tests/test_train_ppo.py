@@ -14,7 +14,7 @@ from stages.lib.models import save_model, set_seed
 from stages.lib.params import Base, load_params
 from stages.lib.ppo import Answers
 from stages.lib.reward import load_reward_model, new_reward_model, score_sequences
-from stages.train_ppo import Params, draw_prompts, habits_of, main
+from stages.train_ppo import Params, habits_of, main
 from tests.conftest import REPO
 
 BASE = Base(seed=42, precision="fp32")
@@ -182,14 +182,6 @@ def test_habits_by_hand(tokenizer):
     assert habits["question_rate"] == 1.0 and habits["exclamation_rate"] == 0.5 and habits["emoji_rate"] == 1.0
     assert habits["response_length"] == (len(ids[0]) + 1 + len(ids[1])) / 2
     assert habits["distinct_2"] == 1.0  # why-why, why-oh, no-marks
-
-
-def test_draw_prompts_keeps_order_and_takes_no_more_than_there_are():
-    columns = {"prompt_id": list(range(10)), "prompt": list("abcdefghij")}
-    drawn = draw_prompts(columns, 4, seed=1)
-    assert drawn["prompt_id"] == sorted(drawn["prompt_id"]) and len(drawn["prompt"]) == 4
-    assert draw_prompts(columns, 4, seed=2) != drawn
-    assert draw_prompts(columns, 99, seed=1) == draw_prompts(columns, None, seed=1) == columns
 
 
 def test_committed_params_are_valid():

@@ -62,7 +62,7 @@ class Checkpoints:
 
     def __init__(self, stage: str, root: Path, base: Base, params: Any, sharded: bool = False):
         self.stage = stage
-        self.minutes = math.inf if sharded else _minutes()
+        self.minutes = _minutes()
         self.sharded = sharded
         self.path = root / "checkpoints" / stage / key_of(stage, root, base, params) / "checkpoint.pt"
         self.is_main = os.environ.get("RANK", "0") == "0"
@@ -117,7 +117,7 @@ class Checkpoints:
             Stopped: a signal asked for the end; the checkpoint has been written.
         """
         stop = self._stop_of_any_process()
-        due = time.monotonic() - self._saved_at >= 60 * self.minutes
+        due = not self.sharded and time.monotonic() - self._saved_at >= 60 * self.minutes
         if self.sharded and stop:
             raise UserError(f"stopped by {stop} without a checkpoint: each process holds only a part of the model")
         if self.is_main and (stop or due):

@@ -64,8 +64,9 @@ def generate(
     """One answer to each prompt.
 
     Prompts of like length share a batch, padded so that all their last tokens predict in the same column; what
-    all of them begin with is read once (on CPUs). Rows that have ended leave their batch. Decoding reads every weight once per token and is bound
-    by memory, so the weights themselves are held in `precision` (a copy; the model given stays as it is).
+    all of them begin with is read once (on CPUs). Rows that have ended leave their batch. Decoding reads every
+    weight once per token and is bound by memory, so the weights themselves are held in `precision` (a copy; the
+    model given stays as it is).
 
     Sampling draws one uniform number per prompt and position from `seed` and looks it up in the cumulative
     distribution, so the answer to a prompt does not depend on `batch_size`, beyond rounding.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from stages.lib.draws import draw
 from stages.lib.errors import UserError
 from stages.lib.rows import BadRow, Source
 
@@ -118,13 +119,11 @@ def without_duplicates(collected: Collected) -> Collected:
     return collected.keep(sorted(first.values()), "duplicate")
 
 
-def draw(collected: Collected, max_pairs: int | None, seed: int) -> Collected:
+def draw_pairs(collected: Collected, max_pairs: int | None, seed: int) -> Collected:
     """`max_pairs` rows at random, in their own order; None keeps all."""
-    numbers = np.array(list(collected.rows))
-    if max_pairs is not None and max_pairs < len(numbers):
-        chosen = np.random.default_rng([seed, 0]).choice(len(numbers), max_pairs, replace=False)
-        numbers = numbers[np.sort(chosen)]
-    return collected.keep(numbers.tolist(), "over_max_pairs")
+    numbers = list(collected.rows)
+    drawn = draw(len(numbers), max_pairs, [seed, 0])
+    return collected.keep([numbers[i] for i in drawn], "over_max_pairs")
 
 
 def normalise_prompt(prompt: str) -> str:

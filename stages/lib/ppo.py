@@ -69,6 +69,8 @@ class Rollout:
     ended:      (B,) whether the answer ends in EOS
     raw_scores: (B,) the reward model's
     scores:     (B,) normalised, minus the missing-EOS penalty
+    first_pass: (N,) the policy's log-probs with their graph, and entropies, of all response tokens, row after row,
+                for the first step to take; None where that step will make its own
     """
 
     prompts: list[list[int]]
@@ -82,6 +84,7 @@ class Rollout:
     ref_logps: Tensor
     raw_scores: Tensor
     scores: Tensor
+    first_pass: tuple[Tensor, Tensor] | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -294,17 +297,32 @@ class PPOTrainer(trl_ppo.PPOTrainer):
             responses = self.sample(prompts, seed=self.args.seed + update)
         mask, value_mask = self.masks_of(responses)
         ended = torch.tensor([r[-1] == self.stop_token_id for r in responses], device=self.device)
-        with self._phase("policy log-probs"):
-            logps, entropies = self.logps_of(self.policy, prompts, responses, mask)
         with self._phase("values"):
             values = self.values_of(prompts, responses, value_mask)
         with self._phase("reference and score"):
             ref_logps, raw_scores = self.judge(prompts, responses, mask)
+        with self._phase("policy log-probs"):
+            first_pass = self._first_pass(prompts, responses) if update > self.args.value_warmup_updates else None
+            if first_pass:
+                logps, entropies = (table_of(flat.detach(), mask) for flat in first_pass)
+            else:
+                logps, entropies = self.logps_of(prompts, responses, mask)
         scores = penalize_unfinished(
             (raw_scores - self.score_mean) / self.score_std, ended, self.args.missing_eos_penalty
         )
         return Rollout(
-            prompts, responses, ended, mask, value_mask, logps, entropies, values, ref_logps, raw_scores, scores
+            prompts,
+            responses,
+            ended,
+            mask,
+            value_mask,
+            logps,
+            entropies,
+            values,
+            ref_logps,
+            raw_scores,
+            scores,
+            first_pass,
         )
 
     @torch.no_grad()
@@ -355,17 +373,34 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         return mask, mask if self.args.score_on_last_token else positions < lengths + 1
 
     def logps_of(
-        self, model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]], mask: Tensor
+        self, prompts: list[list[int]], responses: list[list[int]], mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(B, T) log-probs of the response tokens under `model` at the sampling temperature, and entropies."""
+        """(B, T) log-probs of the response tokens under the policy at the sampling temperature, and entropies."""
         logps, entropies = torch.zeros(mask.shape, device=self.device), torch.zeros(mask.shape, device=self.device)
-        with use_packed_attention(model), autocast(self.device, self.precision):
-            for rows, batch in self._packed(prompts, responses):
-                hidden = last_hidden_state(model.get_decoder(), batch)
-                flat, flat_entropies = self._token_logps(model, hidden, batch)
+        with use_packed_attention(self.policy), self._training_pass():
+            for rows in self._groups(prompts, responses):
+                flat, flat_entropies = self._policy_pass(prompts, responses, rows)
                 scatter_rows(logps, rows, mask, flat)
                 scatter_rows(entropies, rows, mask, flat_entropies)
         return logps, entropies
+
+    def _first_pass(self, prompts: list[list[int]], responses: list[list[int]]) -> tuple[Tensor, Tensor] | None:
+        """Where one micro-batch is the whole first step, its forward pass is the rollout's: made once, kept."""
+        args = self.args
+        one_step = args.token_means and args.local_mini_batch_size >= len(prompts)
+        if not one_step or len(self._groups(prompts, responses)) > 1:
+            return None
+        with torch.enable_grad(), use_packed_attention(self.policy), self._training_pass():
+            return self._policy_pass(prompts, responses, list(range(len(prompts))))
+
+    def _policy_pass(
+        self, prompts: list[list[int]], responses: list[list[int]], rows: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """(N,) log-probs under the policy, and entropies, of the response tokens of `rows` in one forward pass."""
+        batch = self._pack(prompts, responses, rows)
+        with lean_embedding(self.policy):
+            hidden = last_hidden_state(self.policy.get_decoder(), batch)
+        return self._token_logps(self.policy, hidden, batch)
 
     def values_of(self, prompts: list[list[int]], responses: list[list[int]], value_mask: Tensor) -> Tensor:
         """(B, T) the value of the state before each response token."""
@@ -389,9 +424,9 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 hidden = last_hidden_state(reference, batch)
                 flat, _ = self._token_logps(self.ref_model, hidden, batch)
                 real = mask_of_lengths([len(closed[i]) for i in rows], mask.shape[1] + 1, self.device)
-                table = torch.zeros(real.shape, device=self.device)
-                table[real] = flat
-                ref_logps[rows] = table[:, :-1] * mask[rows]  # an EOS added for scoring is not the policy's
+                ref_logps[rows] = (
+                    table_of(flat, real)[:, :-1] * mask[rows]
+                )  # an EOS added for scoring is not the policy's
                 if reward is reference:
                     scores[rows] = apply_head(self.reward_model, hidden[batch.last_index])
         if reward is not reference:
@@ -447,16 +482,14 @@ class PPOTrainer(trl_ppo.PPOTrainer):
 
     def _policy_step(self, rollout: Rollout, advantages: Tensor, rows: list[int], statistics: dict) -> bool:
         """One step on the clipped policy loss; False if target_kl forbade it."""
-        parts = self._parts(rollout, rows)
+        first_pass, rollout.first_pass = rollout.first_pass, None
+        parts = [list(range(len(rows)))] if first_pass else self._parts(rollout, rows)
         counts = [int(rollout.mask[part].sum()) for part in parts]
         entries: list[tuple[int, dict[str, Tensor]]] = []
         with use_packed_attention(self.policy), self._training_pass():
             for part, count in zip(parts, counts, strict=True):
                 mask = rollout.mask[part]
-                batch = self._pack(rollout.prompts, rollout.responses, part)
-                with lean_embedding(self.policy):
-                    hidden = last_hidden_state(self.policy.get_decoder(), batch)
-                logps, entropies = self._token_logps(self.policy, hidden, batch)
+                logps, entropies = first_pass or self._policy_pass(rollout.prompts, rollout.responses, part)
                 old_logps = rollout.logps[part][mask]
                 losses, clipped = policy_losses(logps, old_logps, advantages[part][mask], self.args.cliprange)
                 self._backward(losses.sum() * self._share(count, counts))
@@ -585,7 +618,7 @@ class PPOTrainer(trl_ppo.PPOTrainer):
         with self._phase("evaluation"):
             responses = self.sample(prompts, seed)
             mask, _ = self.masks_of(responses)
-            logps, entropies = self.logps_of(self.policy, prompts, responses, mask)
+            logps, entropies = self.logps_of(prompts, responses, mask)
             ref_logps, scores = self.judge(prompts, responses, mask)
         return Answers(
             responses=responses,
@@ -697,9 +730,12 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def _packed(
         self, prompts: list[list[int]], responses: list[list[int]]
     ) -> Iterator[tuple[list[int], PackedBatch]]:
-        lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-        for rows in group_by_tokens(lengths, self.args.micro_batch_tokens or 4096):
+        for rows in self._groups(prompts, responses):
             yield rows, self._pack(prompts, responses, rows)
+
+    def _groups(self, prompts: list[list[int]], responses: list[list[int]]) -> list[list[int]]:
+        lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+        return group_by_tokens(lengths, self.args.micro_batch_tokens or 4096)
 
     def _pack(self, prompts: list[list[int]], responses: list[list[int]], rows: list[int]) -> PackedBatch:
         texts = [prompts[i] for i in rows], [responses[i] for i in rows]
@@ -749,11 +785,16 @@ def mask_of_lengths(lengths: list[int], width: int, device: torch.device) -> Ten
     return torch.arange(width, device=device)[None] < torch.tensor(lengths, device=device)[:, None]
 
 
+def table_of(flat: Tensor, mask: Tensor) -> Tensor:
+    """(B, T) holding (N,) numbers row after row where the mask is True, 0 elsewhere."""
+    table = torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device)
+    table[mask] = flat
+    return table
+
+
 def scatter_rows(table: Tensor, rows: list[int], mask: Tensor, flat: Tensor) -> None:
     """Writes (N,) numbers of the tokens of `rows`, one row after another, into (B, T) where the mask is True."""
-    block = torch.zeros(mask[rows].shape, dtype=table.dtype, device=table.device)
-    block[mask[rows]] = flat.to(table.dtype)
-    table[rows] = block
+    table[rows] = table_of(flat.to(table.dtype), mask[rows])
 
 
 def _weighted_mean(entries: list[tuple[float, float]]) -> float:
