@@ -387,8 +387,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
     def _first_pass(self, prompts: list[list[int]], responses: list[list[int]]) -> tuple[Tensor, Tensor] | None:
         """Where one micro-batch is the whole first step, its forward pass is the rollout's: made once, kept."""
         args = self.args
-        one_step = args.token_means and args.local_mini_batch_size >= len(prompts)
-        if not one_step or len(self._groups(prompts, responses)) > 1:
+        one_step = args.local_mini_batch_size >= len(prompts)
+        if not (one_step and args.micro_batch_tokens and len(self._groups(prompts, responses)) == 1):
             return None
         with torch.enable_grad(), use_packed_attention(self.policy), self._training_pass():
             return self._policy_pass(prompts, responses, list(range(len(prompts))))
@@ -424,9 +424,8 @@ class PPOTrainer(trl_ppo.PPOTrainer):
                 hidden = last_hidden_state(reference, batch)
                 flat, _ = self._token_logps(self.ref_model, hidden, batch)
                 real = mask_of_lengths([len(closed[i]) for i in rows], mask.shape[1] + 1, self.device)
-                ref_logps[rows] = (
-                    table_of(flat, real)[:, :-1] * mask[rows]
-                )  # an EOS added for scoring is not the policy's
+                # an EOS added for scoring is not the policy's
+                ref_logps[rows] = table_of(flat, real)[:, :-1] * mask[rows]
                 if reward is reference:
                     scores[rows] = apply_head(self.reward_model, hidden[batch.last_index])
         if reward is not reference:
