@@ -52,11 +52,6 @@ class ShapesMade(TorchDispatchMode):
 
 
 @pytest.fixture(scope="session")
-def shapes_made() -> type[ShapesMade]:
-    return ShapesMade
-
-
-@pytest.fixture(scope="session")
 def embedded_pairs() -> list[dict]:
     """The embedded data set's rows: topic, prompt, chosen, rejected."""
     lines = (REPO / "data/pairs_embedded.jsonl").read_text(encoding="utf-8").splitlines()

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from stages.lib.generate import generate, in_precision, sample_token
 from stages.lib.models import freeze
+from tests.conftest import ShapesMade
 
 CPU = torch.device("cpu")
 PROMPTS = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65, 66], [1, 70, 71], [1, 80, 81, 82, 83]]
@@ -50,9 +51,9 @@ def test_what_all_prompts_begin_with_is_read_once(lively_model, tokenizer):
     assert read == [20, 2 * 4, 2]
 
 
-def test_the_output_weights_are_not_copied_for_each_row(tiny_model, tokenizer, shapes_made):
+def test_the_output_weights_are_not_copied_for_each_row(tiny_model, tokenizer):
     """Frozen weights and the slice `hidden[:, -1:]`: torch would multiply row by row, with as many copies."""
-    with shapes_made() as shapes:
+    with ShapesMade() as shapes:
         run(freeze(tiny_model), tokenizer, new=2)
     assert max(shape.numel() for shape in shapes) == tiny_model.lm_head.weight.numel()
 

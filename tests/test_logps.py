@@ -17,6 +17,7 @@ from stages.lib.logps import (
     token_logps,
     token_logps_and_entropies,
 )
+from tests.conftest import ShapesMade
 
 
 def random_ids(generator, *lengths, vocab=512):
@@ -166,11 +167,11 @@ def test_completion_logps_keep_the_order_whatever_the_budget(tiny_model, micro_b
     assert tiny_model.config._attn_implementation == "sdpa"  # given back as it was
 
 
-def test_no_tensor_of_length_times_vocabulary_is_made(tiny_model, monkeypatch, shapes_made):
+def test_no_tensor_of_length_times_vocabulary_is_made(tiny_model, monkeypatch):
     # the textbook's logits would be (1, 65, 512): nothing as large may appear, forward or backward
     monkeypatch.setattr(logps_module, "SLICE_ELEMENTS", 60 * 32)
     module = CompletionLogps(tiny_model)
-    with use_packed_attention(tiny_model), shapes_made() as shapes:
+    with use_packed_attention(tiny_model), ShapesMade() as shapes:
         module(pack([[5] * 5], [[6] * 60])).sum().backward()
     assert max(shape.numel() for shape in shapes if shape[:1] != (512,)) < 60 * 512  # (512, 32): the weight
 

@@ -16,6 +16,7 @@ from stages.lib.ppo import Answers, PPOTrainer, hold_matrices_in
 from stages.lib.ppo_config import STOCK, PPOConfig
 from stages.lib.reward import backbone_of, new_reward_model, score_sequences
 from stages.lib.stats import mean_interval
+from tests.conftest import ShapesMade
 
 PAD, EOS, VOCABULARY = 0, 2, 32
 
@@ -462,11 +463,11 @@ def test_precision_is_really_applied(build, bf16, dtype):
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 
 
-def test_no_logits_of_a_whole_batch_exist(build, monkeypatch, shapes_made):
+def test_no_logits_of_a_whole_batch_exist(build, monkeypatch):
     monkeypatch.setattr("stages.lib.logps.SLICE_ELEMENTS", 256)
     policy = make_policy(eos_logit=-50.0, hidden_size=48)  # no other dimension is the vocabulary's 32
     trainer = build(policy=policy, total_episodes=8)
-    with shapes_made() as shapes:
+    with ShapesMade() as shapes:
         trainer.train()
     rows = {shape[:-1].numel() for shape in shapes if len(shape) > 1 and shape[-1] == VOCABULARY}
     assert 8 in rows  # one step of generation: a row of logits for each answer
