@@ -35,10 +35,10 @@ from bench.dpo_growth import draw_growth, measure_growth
 from bench.dpo_ours import PARTS, write_token_tables
 from bench.measure import REPO, circumstances, in_fresh_process, linear_shapes, matmul_limit
 from bench.random_base import smollm2_135m, write_random_base
-from stages.lib.artefacts import read_parquet, round_floats, write_json
-from stages.lib.chat import apply_chat_template, to_implicit_prompt_preferences, tokenize_row, truncate
-from stages.lib.models import DTYPES, load_tokenizer, pick_precision
-from stages.lib.params import read_params
+from stages.lib.data.chat import apply_chat_template, to_implicit_prompt_preferences, tokenize_row, truncate
+from stages.lib.model.loading import DTYPES, load_tokenizer, pick_precision
+from stages.lib.run.artefacts import read_parquet, round_floats, write_json
+from stages.lib.run.params import read_params
 from stages.train_dpo import Params, batches_of
 
 SEED, MAX_LENGTH = 42, 1024

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from bench.measure import REPO, circumstances, in_fresh_process
-from stages.lib.artefacts import round_floats, write_json
-from stages.lib.models import load_tokenizer, pick_precision, save_model, set_seed
-from stages.lib.reward import new_reward_model
+from stages.lib.model.loading import load_tokenizer, pick_precision, save_model, set_seed
+from stages.lib.model.reward import new_reward_model
+from stages.lib.run.artefacts import round_floats, write_json
 
 SETTINGS = ("batch_size", "response_length", "num_ppo_epochs", "updates", "micro_batch_tokens", "seed")
 

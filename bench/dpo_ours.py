@@ -14,9 +14,9 @@ from torch import Tensor
 
 from bench.measure import PrecisionWatch, answer, now, peak_mb
 from stages import reference_logps, train_dpo
-from stages.lib.artefacts import read_parquet, write_parquet
-from stages.lib.models import pick_device
-from stages.lib.params import Base
+from stages.lib.model.loading import pick_device
+from stages.lib.run.artefacts import read_parquet, write_parquet
+from stages.lib.run.params import Base
 
 PARTS = ("prompt", "chosen", "rejected")
 

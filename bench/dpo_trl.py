@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from bench.measure import PrecisionWatch, answer, now, peak_mb
-from stages.lib.artefacts import read_json
+from stages.lib.run.artefacts import read_json
 
 #: what each setting changes of DPOConfig's defaults
 SETTINGS = {

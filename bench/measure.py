@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import nn
 
-from stages.lib.run_stage import peak_memory_mb, run_record
+from stages.lib.run.stage import peak_memory_mb, run_record
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -13,11 +13,11 @@ from trl.experimental import ppo as trl_ppo
 from trl.experimental.ppo import ppo_trainer
 
 from bench.measure import PrecisionWatch, answer, now, peak_mb
-from stages.lib.artefacts import read_json
-from stages.lib.models import load_causal_lm, load_tokenizer, pick_device, set_seed
-from stages.lib.ppo import PPOTrainer
-from stages.lib.ppo_config import PPOConfig
-from stages.lib.reward import load_reward_model
+from stages.lib.model.loading import load_causal_lm, load_tokenizer, pick_device, set_seed
+from stages.lib.model.reward import load_reward_model
+from stages.lib.rl.ppo import PPOTrainer
+from stages.lib.rl.ppo_config import PPOConfig
+from stages.lib.run.artefacts import read_json
 
 
 class Clock(TrainerCallback):

@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stages.lib.models import set_seed
+from stages.lib.model.loading import set_seed
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -20,17 +20,25 @@ from pathlib import Path
 
 import pandas as pd
 
-from stages.lib import plots, rankings
-from stages.lib.answer import answer
-from stages.lib.artefacts import atomic_path, read_parquet, round_floats, write_history, write_json, write_parquet
-from stages.lib.draws import draw
-from stages.lib.logps import completion_logps
-from stages.lib.memorisation import change_quantiles, changes, displacement, levels, pair_changes, tidy
-from stages.lib.models import freeze, load_causal_lm, pick_device, pick_precision
-from stages.lib.params import Base, require
-from stages.lib.reference import read_reference_logps
-from stages.lib.run_stage import run_stage
-from stages.lib.stats import Resampling
+from stages.lib.analysis import rankings
+from stages.lib.analysis.answer import answer
+from stages.lib.analysis.memorisation import change_quantiles, changes, displacement, levels, pair_changes, tidy
+from stages.lib.analysis.stats import Resampling
+from stages.lib.data.reference import read_reference_logps
+from stages.lib.model.loading import freeze, load_causal_lm, pick_device, pick_precision
+from stages.lib.model.logps import completion_logps
+from stages.lib.report import plots
+from stages.lib.run.artefacts import (
+    atomic_path,
+    read_parquet,
+    round_floats,
+    write_history,
+    write_json,
+    write_parquet,
+)
+from stages.lib.run.draws import draw
+from stages.lib.run.params import Base, require
+from stages.lib.run.stage import run_stage
 
 REPORTS = Path("reports/analyze_logps")
 MODELS = ("base", "dpo", "ppo")

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.lib import report_numbers as numbers
-from stages.lib import report_sections as sections
-from stages.lib.artefacts import atomic_path
-from stages.lib.params import Base, read_params, require
-from stages.lib.report_files import ReportFiles
-from stages.lib.report_page import Page, paragraphs, render, sections_of, strong
-from stages.lib.run_stage import run_stage
+from stages.lib.report import numbers, sections
+from stages.lib.report.files import ReportFiles
+from stages.lib.report.page import Page, paragraphs, render, sections_of, strong
+from stages.lib.run.artefacts import atomic_path
+from stages.lib.run.params import Base, read_params, require
+from stages.lib.run.stage import run_stage
 
 
 @dataclass(frozen=True)

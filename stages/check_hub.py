@@ -19,9 +19,9 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from stages.lib.artefacts import read_json, sha256_of_file
-from stages.lib.errors import UserError
-from stages.lib.hub_source import hub_errors
+from stages.lib.data.hub_source import hub_errors
+from stages.lib.run.artefacts import read_json, sha256_of_file
+from stages.lib.run.errors import UserError
 
 QUESTION = "What's your morning routine like?"
 NEW_TOKENS = 256

@@ -22,14 +22,14 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stages.lib.artefacts import sha256_of_file, write_json
-from stages.lib.base_model import RandomInit, load_folder, load_gguf, set_special_tokens
-from stages.lib.errors import UserError
-from stages.lib.hub_source import card_license, file_license, hub_errors, resolve_revision
-from stages.lib.models import save_model
-from stages.lib.params import Base, require
-from stages.lib.run_stage import run_stage
-from stages.lib.wheels import take_from_wheel
+from stages.lib.data.hub_source import card_license, file_license, hub_errors, resolve_revision
+from stages.lib.model.base_model import RandomInit, load_folder, load_gguf, set_special_tokens
+from stages.lib.model.loading import save_model
+from stages.lib.model.wheels import take_from_wheel
+from stages.lib.run.artefacts import sha256_of_file, write_json
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base, require
+from stages.lib.run.stage import run_stage
 
 MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "*token*.json"]
 MODEL_FILES += ["vocab.*", "merges.txt", "*.jinja"]

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stages.lib.artefacts import write_json, write_parquet
-from stages.lib.pairs import (
+from stages.lib.data.pairs import (
     Pair,
     check_pair,
     check_text,
@@ -26,9 +25,10 @@ from stages.lib.pairs import (
     number_prompts,
     without_duplicates,
 )
-from stages.lib.params import Base, require
-from stages.lib.rows import open_source
-from stages.lib.run_stage import run_stage
+from stages.lib.data.rows import open_source
+from stages.lib.run.artefacts import write_json, write_parquet
+from stages.lib.run.params import Base, require
+from stages.lib.run.stage import run_stage
 
 
 @dataclass(frozen=True)

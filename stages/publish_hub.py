@@ -23,16 +23,16 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from stages.lib.hub.upload.upload import Account, connect, publish_collection, publish_repository
 
-from stages.lib.artefacts import sha256_of_file, write_json
-from stages.lib.card_facts import read_answers, read_example, read_hashes, read_runs
-from stages.lib.cards import LANGUAGE, LICENSES, PICTURES, SUFFIXES, Facts, Kind, render_card, render_run
-from stages.lib.errors import UserError
-from stages.lib.hub import Account, connect, publish_collection, publish_repository
-from stages.lib.hub_folder import replaced_folder, size_of, take, take_model
-from stages.lib.params import Base, read_params, require
-from stages.lib.report_files import ReportFiles
-from stages.lib.run_stage import run_stage
+from stages.lib.hub.card_facts import read_answers, read_example, read_hashes, read_runs
+from stages.lib.hub.cards import LANGUAGE, LICENSES, PICTURES, SUFFIXES, Facts, Kind, render_card, render_run
+from stages.lib.hub.folder import replaced_folder, size_of, take, take_model
+from stages.lib.report.files import ReportFiles
+from stages.lib.run.artefacts import sha256_of_file, write_json
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base, read_params, require
+from stages.lib.run.stage import run_stage
 
 STAGES = ("fetch_base", "fetch_pairs", "tokenize_pairs", "reference_logps", "train_dpo", "train_reward")
 STAGES += ("train_ppo", "sample_responses", "analyze_logps")

@@ -11,12 +11,12 @@ Run     dvc repro reference_logps              (untracked: python -m stages.refe
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.lib.artefacts import read_parquet, round_floats, write_json
-from stages.lib.logps import completion_logps
-from stages.lib.models import freeze, load_causal_lm, pick_device, pick_precision
-from stages.lib.params import Base, require
-from stages.lib.reference import FOLDER, SPLITS, fingerprint, write_reference_logps
-from stages.lib.run_stage import run_stage
+from stages.lib.data.reference import FOLDER, SPLITS, fingerprint, write_reference_logps
+from stages.lib.model.loading import freeze, load_causal_lm, pick_device, pick_precision
+from stages.lib.model.logps import completion_logps
+from stages.lib.run.artefacts import read_parquet, round_floats, write_json
+from stages.lib.run.params import Base, require
+from stages.lib.run.stage import run_stage
 
 
 @dataclass(frozen=True)

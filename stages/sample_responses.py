@@ -15,17 +15,17 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from stages.lib.artefacts import atomic_path, read_parquet, round_floats, write_history, write_json
-from stages.lib.chat import text_ids
-from stages.lib.draws import draw
-from stages.lib.errors import UserError
-from stages.lib.gallery import gallery_entries, side_by_side
-from stages.lib.generate import Answer, answer_prompts, in_precision
-from stages.lib.logps import completion_logps
-from stages.lib.models import freeze, load_causal_lm, load_tokenizer, pick_device, pick_precision
-from stages.lib.params import Base, require
-from stages.lib.run_stage import run_stage
-from stages.lib.style_measures import comparison, measures
+from stages.lib.analysis.style import comparison, measures
+from stages.lib.data.chat import text_ids
+from stages.lib.model.generate import Answer, answer_prompts, in_precision
+from stages.lib.model.loading import freeze, load_causal_lm, load_tokenizer, pick_device, pick_precision
+from stages.lib.model.logps import completion_logps
+from stages.lib.report.gallery import gallery_entries, side_by_side
+from stages.lib.run.artefacts import atomic_path, read_parquet, round_floats, write_history, write_json
+from stages.lib.run.draws import draw
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base, require
+from stages.lib.run.stage import run_stage
 
 FIRST_PROMPT = "What's your morning routine like?"
 MODELS = ("base", "dpo", "ppo")

@@ -18,12 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stages.lib.artefacts import read_parquet, round_floats, write_json, write_parquet
-from stages.lib.chat import generation_header_ids, special_token_pattern, truncate
-from stages.lib.models import load_tokenizer
-from stages.lib.params import Base, read_params, require
-from stages.lib.run_stage import run_stage
-from stages.lib.token_tables import (
+from stages.lib.data.chat import generation_header_ids, special_token_pattern, truncate
+from stages.lib.data.token_tables import (
     count_cuts,
     length_statistics,
     pair_columns,
@@ -34,6 +30,10 @@ from stages.lib.token_tables import (
     token_ids,
     without_special_tokens,
 )
+from stages.lib.model.loading import load_tokenizer
+from stages.lib.run.artefacts import read_parquet, round_floats, write_json, write_parquet
+from stages.lib.run.params import Base, read_params, require
+from stages.lib.run.stage import run_stage
 
 SOURCES = ("train", "heldout", "unseen")
 

@@ -25,14 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from stages.lib.artefacts import read_parquet, round_floats, write_history, write_json
-from stages.lib.attention import use_packed_attention
-from stages.lib.batches import micro_batches_of_process, pack, shares_prefixes
-from stages.lib.checkpoints import Checkpoints
-from stages.lib.dpo import dpo_losses, implicit_rewards, ipo_losses, sft_losses
-from stages.lib.errors import UserError
-from stages.lib.logps import CompletionLogps
-from stages.lib.models import (
+from stages.lib.data.reference import read_reference_logps
+from stages.lib.model.attention import use_packed_attention
+from stages.lib.model.loading import (
     load_causal_lm,
     load_tokenizer,
     make_accelerator,
@@ -41,10 +36,15 @@ from stages.lib.models import (
     save_model,
     set_seed,
 )
-from stages.lib.params import Base, require
-from stages.lib.reference import read_reference_logps
-from stages.lib.run_stage import run_stage
-from stages.lib.tracking import tracked
+from stages.lib.model.logps import CompletionLogps
+from stages.lib.model.packing import micro_batches_of_process, pack, shares_prefixes
+from stages.lib.rl.dpo import dpo_losses, implicit_rewards, ipo_losses, sft_losses
+from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
+from stages.lib.run.checkpoints import Checkpoints
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base, require
+from stages.lib.run.stage import run_stage
+from stages.lib.run.tracking import tracked
 
 
 @dataclass(frozen=True)

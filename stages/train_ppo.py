@@ -21,18 +21,25 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProgressCallback
 
-from stages.lib.artefacts import read_parquet, round_floats, write_history, write_json
-from stages.lib.checkpoints import Checkpoints
-from stages.lib.draws import draw
-from stages.lib.errors import UserError
-from stages.lib.models import load_causal_lm, load_tokenizer, pick_device, pick_precision, save_model, set_seed
-from stages.lib.params import Base, require
-from stages.lib.ppo import Answers, PPOTrainer
-from stages.lib.ppo_config import PPOConfig
-from stages.lib.reward import load_reward_model
-from stages.lib.run_stage import run_stage
-from stages.lib.stats import mean_interval
-from stages.lib.text_features import count_emoji, count_exclamations, count_questions, distinct_n
+from stages.lib.analysis.stats import mean_interval
+from stages.lib.analysis.text_features import count_emoji, count_exclamations, count_questions, distinct_n
+from stages.lib.model.loading import (
+    load_causal_lm,
+    load_tokenizer,
+    pick_device,
+    pick_precision,
+    save_model,
+    set_seed,
+)
+from stages.lib.model.reward import load_reward_model
+from stages.lib.rl.ppo import Answers, PPOTrainer
+from stages.lib.rl.ppo_config import PPOConfig
+from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
+from stages.lib.run.checkpoints import Checkpoints
+from stages.lib.run.draws import draw
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base, require
+from stages.lib.run.stage import run_stage
 
 BOOTSTRAP_SAMPLES = 10_000
 CONFIDENCE = 0.95

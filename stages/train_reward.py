@@ -26,12 +26,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 
-from stages.lib.artefacts import read_parquet, round_floats, write_history, write_json
-from stages.lib.checkpoints import Checkpoints
-from stages.lib.models import freeze, load_tokenizer, pick_device, pick_precision, save_model, set_seed
-from stages.lib.params import Base, require
-from stages.lib.reward import new_reward_model, pooled_features
-from stages.lib.run_stage import run_stage
+from stages.lib.model.loading import freeze, load_tokenizer, pick_device, pick_precision, save_model, set_seed
+from stages.lib.model.reward import new_reward_model, pooled_features
+from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
+from stages.lib.run.checkpoints import Checkpoints
+from stages.lib.run.params import Base, require
+from stages.lib.run.stage import run_stage
 
 CHUNK = 128  # texts between two chances to save their features
 HISTORY = ["loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"]  # TRL 1.12's own names

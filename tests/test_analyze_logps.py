@@ -10,13 +10,13 @@ import torch
 
 import stages.analyze_logps as stage
 from stages.analyze_logps import Params, main
-from stages.lib.artefacts import write_parquet
-from stages.lib.chat import render_completion, text_ids
-from stages.lib.errors import UserError
-from stages.lib.logps import completion_logps, get_log_prob
-from stages.lib.params import Base
-from stages.lib.reference import fingerprint, write_reference_logps
-from stages.lib.token_tables import token_ids
+from stages.lib.data.chat import render_completion, text_ids
+from stages.lib.data.reference import fingerprint, write_reference_logps
+from stages.lib.data.token_tables import token_ids
+from stages.lib.model.logps import completion_logps, get_log_prob
+from stages.lib.run.artefacts import write_parquet
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base
 
 BASE = Base(seed=3, precision="fp32")
 PARAMS = Params(

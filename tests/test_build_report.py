@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 
 from stages.build_report import Params, main
-from stages.lib.errors import UserError
-from stages.lib.params import Base
-from stages.lib.report_page import Estimate, Forest, Scale, paragraphs, sections_of, spell, spell_seconds
-from stages.lib.report_sections import STAGES
-from stages.lib.stats import Interval
-from tests.example_reports import write_example_reports
+from stages.lib.analysis.stats import Interval
+from stages.lib.report.page import Estimate, Forest, Scale, paragraphs, sections_of, spell, spell_seconds
+from stages.lib.report.sections import STAGES
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base
+from tests.support.example_reports import write_example_reports
 
 BASE = Base(seed=42, precision="auto")
 HOSTILE = (

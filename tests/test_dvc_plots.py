@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
-from tests.example_reports import REPO, write_example_reports
+from tests.support.example_reports import REPO, write_example_reports
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 

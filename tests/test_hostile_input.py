@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stages import fetch_pairs, reference_logps, tokenize_pairs, train_dpo
-from stages.lib import params as params_module
-from stages.lib.artefacts import read_json
-from stages.lib.errors import UserError
-from stages.lib.params import Base, load_params, read_params
+from stages.lib.run import params as params_module
+from stages.lib.run.artefacts import read_json
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base, load_params, read_params
 from tests.conftest import REPO
 
 COMMITTED = read_params(REPO)

@@ -12,7 +12,7 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from stages.lib.params import Base, load_params
+from stages.lib.run.params import Base, load_params
 from tests.conftest import REPO, dvc
 
 PIPELINE = YAML(typ="safe").load((REPO / "dvc.yaml").read_text())
@@ -180,7 +180,7 @@ def line_added_to(name: str, line: str):
         (change_of("train_ppo.policy", "dpo"), AFTER_REWARD - {"train_reward"}),
         (change_of("sample_responses.temperature", 0.1), {"sample_responses", "publish_hub", "build_report"}),
         (change_of("publish_hub.name", "another-name"), {"publish_hub"}),
-        (line_added_to("stages/lib/card.md.jinja", "\nA sentence.\n"), {"publish_hub"}),
+        (line_added_to("stages/lib/hub/card.md.jinja", "\nA sentence.\n"), {"publish_hub"}),
         (change_of("fetch_base.path", "data/base_embedded.json"), EVERYTHING - {"fetch_pairs"}),
         (
             line_added_to(

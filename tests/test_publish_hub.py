@@ -17,23 +17,23 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from stages.check_hub import answer, score
 from stages.check_hub import main as check_hub
-from stages.lib import hub_folder
-from stages.lib.artefacts import NoRoomError, read_json, read_parquet, sha256_of_file, write_parquet
-from stages.lib.card_facts import read_example
-from stages.lib.errors import UserError
-from stages.lib.params import Base, load_params
-from stages.lib.report_files import ReportFiles
+from stages.lib.hub import folder as hub_folder
+from stages.lib.hub.card_facts import read_example
+from stages.lib.report.files import ReportFiles
+from stages.lib.run.artefacts import NoRoomError, read_json, read_parquet, sha256_of_file, write_parquet
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base, load_params
 from stages.publish_hub import Params, main
-from tests.card_rules import card_errors
 from tests.conftest import REPO, dvc
-from tests.hub_server import READ_TOKEN, TOKEN, Fault, HubServer
-from tests.reported_project import make_project, read_receipt
+from tests.support.card_rules import card_errors
+from tests.support.hub_server import READ_TOKEN, TOKEN, Fault, HubServer
+from tests.support.reported_project import make_project, read_receipt
 
 BASE = Base(seed=42, precision="fp32")
 NAMES = {"dpo": "llm-course-hw2-dpo", "reward": "llm-course-hw2-reward-model", "ppo": "llm-course-hw2-ppo"}
 STAGE = """
 import runpy, sys, time
-from stages.lib import hub
+from stages.lib.hub import upload as hub
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.01))
 runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
@@ -451,7 +451,7 @@ CHECK = """
 import sys
 from pathlib import Path
 from stages.check_hub import main
-from stages.lib.errors import UserError
+from stages.lib.run.errors import UserError
 
 main(new_tokens=16)
 stored = Path(sys.argv[1])  # the weights of DPO in large-file storage

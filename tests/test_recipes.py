@@ -4,7 +4,7 @@ import re
 import pytest
 from ruamel.yaml import YAML
 
-from stages.lib.params import Base, load_params, read_params
+from stages.lib.run.params import Base, load_params, read_params
 from tests.conftest import REPO
 
 RECIPES = sorted((REPO / "recipes").glob("*.txt"))

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from stages import reference_logps
-from stages.lib.artefacts import read_json, write_parquet
-from stages.lib.errors import UserError
-from stages.lib.models import load_causal_lm
-from stages.lib.params import Base
-from stages.lib.reference import read_reference_logps
-from tests.test_logps import textbook_logps
+from stages.lib.data.reference import read_reference_logps
+from stages.lib.model.loading import load_causal_lm
+from stages.lib.run.artefacts import read_json, write_parquet
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base
+from tests.model.test_logps import textbook_logps
 
 BASE = Base(seed=42, precision="fp32")
 PAIRS = {

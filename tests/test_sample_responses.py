@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 
-from stages.lib.artefacts import write_parquet
-from stages.lib.errors import UserError
-from stages.lib.logps import get_log_prob
-from stages.lib.params import Base
-from stages.lib.text_features import count_emoji
+from stages.lib.analysis.text_features import count_emoji
+from stages.lib.model.logps import get_log_prob
+from stages.lib.run.artefacts import write_parquet
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base
 from stages.sample_responses import FIRST_PROMPT, Params, main
 
 BASE = Base(seed=7, precision="fp32")

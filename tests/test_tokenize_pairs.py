@@ -2,9 +2,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stages.lib.artefacts import read_json, read_parquet, sha256_of_file, write_parquet
-from stages.lib.errors import UserError
-from stages.lib.params import Base
+from stages.lib.run.artefacts import read_json, read_parquet, sha256_of_file, write_parquet
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base
 from stages.tokenize_pairs import Params, main
 
 BASE = Base(seed=42, precision="fp32")

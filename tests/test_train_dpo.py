@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from stages import reference_logps, train_dpo
-from stages.lib.artefacts import read_json, write_parquet
-from stages.lib.chat import apply_chat_template, to_implicit_prompt_preferences, tokenize_row
-from stages.lib.errors import UserError
-from stages.lib.params import Base
+from stages.lib.data.chat import apply_chat_template, to_implicit_prompt_preferences, tokenize_row
+from stages.lib.run.artefacts import read_json, write_parquet
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base
 from tests.conftest import REPO
 
 BASE = Base(seed=42, precision="fp32")

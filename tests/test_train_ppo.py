@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages.lib.artefacts import write_parquet
-from stages.lib.errors import UserError
-from stages.lib.models import save_model, set_seed
-from stages.lib.params import Base, load_params
-from stages.lib.ppo import Answers
-from stages.lib.reward import load_reward_model, new_reward_model, score_sequences
+from stages.lib.model.loading import save_model, set_seed
+from stages.lib.model.reward import load_reward_model, new_reward_model, score_sequences
+from stages.lib.rl.ppo import Answers
+from stages.lib.run.artefacts import write_parquet
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base, load_params
 from stages.train_ppo import Params, habits_of, main
 from tests.conftest import REPO
 

@@ -10,11 +10,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
-from stages.lib.artefacts import read_parquet, write_parquet
-from stages.lib.errors import UserError
-from stages.lib.models import freeze, set_seed
-from stages.lib.params import Base, load_params
-from stages.lib.reward import new_reward_model, score_sequences
+from stages.lib.model.loading import freeze, set_seed
+from stages.lib.model.reward import new_reward_model, score_sequences
+from stages.lib.run.artefacts import read_parquet, write_parquet
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base, load_params
 from stages.train_reward import Params, heldout_figures, main
 from tests.conftest import REPO
 

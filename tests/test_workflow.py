@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from stages.lib.artefacts import sha256_of_file
+from stages.lib.run.artefacts import sha256_of_file
 from tests.conftest import dvc
 
 KEPT = ("dvc.lock", "params.yaml", "reports")

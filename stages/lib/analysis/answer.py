@@ -1,0 +1,105 @@
+"""The generated answer: does the final model find its training data more likely, and how sure is that?"""
+
+from collections.abc import Mapping
+
+from stages.lib.analysis.stats import Interval
+from stages.lib.analysis.text_features import RANKER_LABELS
+
+Estimates = Mapping[str, Interval]
+NO_DIFFERENCE = "no difference found"
+
+
+def answer(estimates: Mapping[str, Estimates], counts: Mapping[str, int], confidence: float) -> str:
+    """Markdown paragraphs, **bold** being their only markup.
+
+    Args:
+        estimates: of base, dpo, ppo, reward_model and rankers, each named as in metrics.json.
+        counts: train_pairs, heldout_pairs, unseen_texts.
+    """
+    opening = (
+        "**Does the final model find its training data more likely?** Measured on "
+        f"{counts['train_pairs']} training pairs, {counts['heldout_pairs']} held-out pairs whose prompts were "
+        "never trained on, and "
+        f"{counts['unseen_texts']} unseen texts of another kind. Log-probs are in nats per token; brackets hold "
+        f"{100 * confidence:g} % intervals that resample prompts."
+    )
+    base, dpo, ppo = estimates["base"], estimates["dpo"], estimates["ppo"]
+    rankings = _rankings(dpo, estimates["reward_model"], estimates["rankers"], counts["heldout_pairs"])
+    paragraphs = [
+        opening,
+        f"**DPO.** {_memorising(base, dpo)} {_displacement(dpo)}",
+        f"**PPO.** PPO trains on the prompts alone and sees none of these answers. {_memorising(base, ppo)}",
+        f"**Is that more than style?** {rankings}",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _memorising(base: Estimates, model: Estimates) -> str:
+    change, did = model["change_train_chosen"], model["did"]
+    auc, auc_change = model["auc_heldout"], model["auc_change"]
+    moved = _verdict(change, 0, "more likely than under the base", "less likely than under the base")
+    memorised = _verdict(
+        did, 0, "training raised its own texts above others like them", "training's own texts gained less"
+    )
+    told = _verdict(auc, 0.5, "training texts are the likelier ones", "training texts are the less likely ones")
+    told_by_change = _verdict(auc_change, 0.5, "training texts gained more", "training texts gained less")
+    return (
+        f"Training's chosen answers: {moved} ({_number(change)}). Held-out chosen answers changed by "
+        f"{_number(model['change_heldout_chosen'])} and unseen texts by {_number(model['change_unseen'])}. "
+        f"The difference in differences, training less held-out, is {_number(did)}: {memorised}. "
+        f"A training answer is likelier than a held-out one with probability (AUC) {_share(auc)}, "
+        f"{_share(base['auc_heldout'])} under the base: {told}; by the change alone {_share(auc_change)}: "
+        f"{told_by_change}. Against the unseen texts, which are another kind to begin with, the AUC is "
+        f"{_share(model['auc_unseen'])}, {_share(base['auc_unseen'])} under the base."
+    )
+
+
+def _displacement(dpo: Estimates) -> str:
+    return (
+        f"The chosen answer itself became less likely in {_percent(dpo['displaced_train'])} of training pairs and "
+        f"{_percent(dpo['displaced_heldout'])} of held-out pairs (likelihood displacement): DPO needs only the "
+        "distance to the rejected answer to grow."
+    )
+
+
+def _rankings(dpo: Estimates, reward_model: Estimates, rankers: Estimates, pairs: int) -> str:
+    name, best = max(rankers.items(), key=lambda item: item[1].mean)
+    accuracies = dpo["rewards/accuracies"], reward_model["accuracy"]
+    if best.mean >= max(interval.mean for interval in accuracies):
+        lesson = "at least as good, so these accuracies do not show that more than style was learnt"
+    elif best.high is None or best.high >= min(interval.mean for interval in accuracies):
+        lesson = "so close that these accuracies hardly show that more than style was learnt"
+    else:
+        lesson = "clearly less"
+    lengths = _verdict(dpo["length_correlation"], 0, "longer answers score higher", "longer answers score lower")
+    return (
+        f"Of {pairs} held-out pairs DPO's implicit reward ranks {_percent(accuracies[0])} right and the reward "
+        f"model {_percent(accuracies[1])}. The best single feature, {RANKER_LABELS[name]}, reaches "
+        f"{_percent(best)}: {lesson}. Implicit reward and reward-model score order "
+        f"{_percent(dpo['score_agreement'])} of the pairs alike. The implicit reward's rank correlation with "
+        f"length is {_share(dpo['length_correlation'], sign=True)}: {lengths}."
+    )
+
+
+def _verdict(interval: Interval, nothing: float, above: str, below: str) -> str:
+    if interval.covers(nothing):
+        return NO_DIFFERENCE
+    return above if interval.mean > nothing else below
+
+
+def _number(interval: Interval) -> str:
+    return _minus(interval.format(3, sign=True))
+
+
+def _share(interval: Interval, sign: bool = False) -> str:
+    return _minus(interval.format(2, sign))
+
+
+def _percent(interval: Interval) -> str:
+    if interval.low is None or interval.high is None:
+        return f"{100 * interval.mean:.0f} %"
+    return f"{100 * interval.mean:.0f} % [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")

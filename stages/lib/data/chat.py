@@ -1,0 +1,167 @@
+"""Chat templates, token ids and truncation: from texts to what the models see."""
+
+import re
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from stages.lib.run.errors import UserError
+
+Messages = list[dict[str, str]]
+
+
+class ChatError(UserError):
+    """A conversation that the tokenizer's chat template cannot render as a prompt and its completion."""
+
+
+def to_implicit_prompt_preferences(example: dict[str, Any]) -> dict[str, Messages]:
+    """A plain pair as two conversations that share their user turn, TRL's implicit-prompt form.
+
+    Args:
+        example: 'prompt', 'chosen' and 'rejected' as text.
+
+    Returns:
+        'chosen' and 'rejected', each one user and one assistant message.
+    """
+    question = {"role": "user", "content": example["prompt"]}
+    return {
+        "chosen": [question, {"role": "assistant", "content": example["chosen"]}],
+        "rejected": [question, {"role": "assistant", "content": example["rejected"]}],
+    }
+
+
+def apply_chat_template(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Renders a pair by the tokenizer's chat template, prompt and completions apart.
+
+    prompt + chosen is exactly the rendered conversation, and so is prompt + rejected.
+
+    Args:
+        example: 'chosen' and 'rejected' as messages, the prompt being the turns they share at their start
+            (`to_implicit_prompt_preferences`) or a list of messages of its own under 'prompt'. A 'row', if
+            there is one, names the example in errors.
+
+    Returns:
+        'prompt' with the generation header (SmolLM: '<|im_start|>assistant\\n'); 'chosen' and 'rejected',
+        the assistant turn after it (SmolLM: ending in '<|im_end|>\\n').
+
+    Raises:
+        ChatError: the two share no prompt, or the template does not render the prompt as the conversation's
+            beginning.
+    """
+    where = f"row {example['row']}" if "row" in example else "example"
+    chosen, rejected = example["chosen"], example["rejected"]
+    prompt = example.get("prompt")
+    if prompt is None:
+        turns = min(len(chosen), len(rejected))
+        shared = next((i for i in range(turns) if chosen[i] != rejected[i]), turns)
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if not prompt or not chosen or not rejected:
+        raise ChatError(f"{where}: 'chosen' and 'rejected' must share a prompt and then differ")
+    prompt_text, chosen_text = render_completion(prompt, chosen, tokenizer, where)
+    _, rejected_text = render_completion(prompt, rejected, tokenizer, where)
+    return {"prompt": prompt_text, "chosen": chosen_text, "rejected": rejected_text}
+
+
+def render_completion(
+    prompt: Messages, completion: Messages, tokenizer: PreTrainedTokenizerBase, where: str
+) -> tuple[str, str]:
+    """The prompt with its generation header and the completion, which together are the rendered conversation.
+
+    Raises:
+        ChatError: the template fails, or renders the conversation with another beginning; `where` names it.
+    """
+    try:
+        prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+    except Exception as error:  # a template is a program and can raise anything
+        raise ChatError(f"{where}: the chat template fails: {error}") from error
+    if not whole.startswith(prompt_text):
+        raise ChatError(
+            f"{where}: the chat template does not render the conversation as the prompt with its generation "
+            "header and then the completion; choose a base model with a plain template"
+        )
+    return prompt_text, whole[len(prompt_text) :]
+
+
+def tokenize_row(
+    example: dict[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int | None = 512,
+    max_completion_length: int | None = None,
+) -> dict[str, list[int]]:
+    """Token ids of a rendered pair. The template wrote every special token: none is added or doubled.
+
+    A long prompt keeps its last tokens, since the question and the generation header stand at its end; a long
+    completion keeps its first.
+
+    Args:
+        example: 'prompt', 'chosen', 'rejected' as `apply_chat_template` returns them.
+        max_prompt_length: tokens; None for no limit.
+        max_completion_length: tokens; None for no limit.
+
+    Returns:
+        'prompt_input_ids', 'chosen_input_ids', 'rejected_input_ids'.
+
+    Raises:
+        ValueError: a limit below one.
+    """
+    ids = {f"{name}_input_ids": text_ids(example[name], tokenizer) for name in ("prompt", "chosen", "rejected")}
+    return truncate(ids, max_prompt_length, max_completion_length)
+
+
+def truncate(
+    ids: dict[str, list[int]],
+    max_prompt_length: int | None,
+    max_completion_length: int | None,
+    max_length: int | None = None,
+) -> dict[str, list[int]]:
+    """A prompt's last tokens and its completions' first ones, within the limits (None: no limit).
+
+    Args:
+        ids: 'prompt_input_ids' and any number of completions to it, which are cut each for itself.
+        max_length: of prompt and completion together; what is too much comes off the completion's end.
+
+    Raises:
+        ValueError: a limit below one, or max_length not above max_prompt_length.
+    """
+    for name, limit in (("prompt", max_prompt_length), ("completion", max_completion_length)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"max_{name}_length must be at least 1, not {limit}")
+    prompt_ids = ids["prompt_input_ids"][-(max_prompt_length or 0) :]
+    limit = max_completion_length
+    if max_length is not None:
+        if max_length <= (max_prompt_length or len(prompt_ids)):
+            raise ValueError(f"max_length {max_length} leaves no room for a completion")
+        limit = min(limit or max_length, max_length - len(prompt_ids))
+    return {name: (prompt_ids if name == "prompt_input_ids" else values[:limit]) for name, values in ids.items()}
+
+
+def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The text's own token ids, without the special tokens a tokenizer may put around it."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def closed_by_eos(prompt_ids: list[int], completion_ids: list[int], eos_token_id: int) -> list[int]:
+    """The whole conversation up to its last EOS, as the reward model reads it; a cut one's last id becomes EOS.
+
+    What the template writes after the EOS (SmolLM: a newline) goes: PPO's answers end at the EOS too, and a
+    score is read at a sequence's last token.
+    """
+    if eos_token_id in completion_ids:
+        last = len(completion_ids) - 1 - completion_ids[::-1].index(eos_token_id)
+        return prompt_ids + completion_ids[: last + 1]
+    return prompt_ids + completion_ids[:-1] + [eos_token_id]
+
+
+def generation_header_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that invite the answer, at the end of every prompt (SmolLM: '<|im_start|>assistant\\n')."""
+    question = [{"role": "user", "content": "Hello"}]
+    without = tokenizer.apply_chat_template(question, tokenize=False)
+    with_header = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    return text_ids(with_header[len(without) :], tokenizer)
+
+
+def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches each special or added token's text: inside a message, `<|im_end|>` would end the turn."""
+    tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))

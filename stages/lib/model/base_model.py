@@ -1,0 +1,169 @@
+"""A chat model from a GGUF file or a folder, as an ordinary fp32 model and a tokenizer that fits it."""
+
+import dataclasses
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from stages.lib.model.loading import set_seed
+from stages.lib.run.errors import UserError
+
+# what transformers, gguf and safetensors raise on damaged files
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, struct.error)
+UNREADABLE += (SafetensorError,)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomInit:
+    """Sizes of a random model that has another model's vocabulary and special tokens: for tests."""
+
+    seed: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
+
+def load_gguf(
+    path: Path, random_init: RandomInit | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Dequantises a Llama GGUF to fp32; with `random_init`, a small random model instead, same tokenizer.
+
+    transformers refuses to save a model it loaded from GGUF, so the weights move, strictly, into an ordinary
+    model of the same configuration without the traces of quantisation.
+
+    Raises:
+        UserError: not a GGUF file, or not of an architecture transformers can read.
+    """
+    folder, file = str(path.parent), path.name
+    try:
+        tokenizer = split_digits(AutoTokenizer.from_pretrained(folder, gguf_file=file))
+        config = AutoConfig.from_pretrained(folder, gguf_file=file)
+        config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")  # the GGUF holds it in fp32: 9.99999975e-06
+        vars(config).pop("_model_name_or_path", None)
+        tokenizer.model_max_length = config.max_position_embeddings
+        if random_init is not None:
+            sizes = dataclasses.asdict(random_init)
+            set_seed(sizes.pop("seed"))
+            config.update(sizes | {"head_dim": random_init.hidden_size // random_init.num_attention_heads})
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
+        dequantised = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(dequantised.state_dict(), strict=True, assign=True)
+        model.tie_weights()
+        return model, tokenizer
+    except UNREADABLE as error:
+        raise UserError(f"{path.name}: not a GGUF model that transformers can read: {error}") from error
+
+
+def split_digits(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Restores the splitting into single digits, which transformers 5.23 loses on the way from GGUF.
+
+    Without it '\\n\\n1.' becomes [198, 198, 33, 30] in SmolLM2's vocabulary, with it [1116, 33, 30], as in
+    the original tokenizer and in llama.cpp.
+    """
+    backend = tokenizer.backend_tokenizer
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    return tokenizer
+
+
+def load_folder(folder: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model and fast tokenizer in a folder, fp32; safetensors only, no code from it.
+
+    Args:
+        name: for errors; a hub id where the folder is a download.
+
+    Raises:
+        UserError: no safetensors, quantised, unreadable, with weights missing, or without a fast tokenizer.
+    """
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{name}: has no *.safetensors at its top; convert the weights, other formats are not read"
+        )
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+        if getattr(config, "quantization_config", None) is not None:
+            raise UserError(f"{name}: is quantised; choose the original, unquantised model")
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, **options)
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        raise UserError(f"{name}: not a causal language model that can be loaded: {error}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"{name}: {len(missing)} weights are missing, {missing[0]} among them; fetch it again")
+    if not tokenizer.is_fast:
+        raise UserError(f"{name}: has no fast tokenizer (tokenizer.json); convert it first")
+    return model, tokenizer
+
+
+def set_special_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pad_token: str, name: str
+) -> None:
+    """Makes tokenizer, configuration and generation settings agree on pad, EOS and BOS.
+
+    The generation settings keep nothing else: a published temperature or penalty would act on every answer.
+
+    Raises:
+        UserError: no chat template, no EOS, an EOS that does not end the template's turns, or a pad token
+            that is unknown, outside the embedding, the EOS, or used by the template.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(f"{name}: the tokenizer has no chat template; choose an instruction-tuned model")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{name}: the tokenizer has no EOS token; choose an instruction-tuned model")
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens, the embedding {model.config.vocab_size} rows"
+        )
+    pad_id = tokenizer.get_vocab().get(pad_token)
+    if pad_id is None:
+        raise UserError(
+            f"{name}: has no token {pad_token!r}; set fetch_base.pad_token to an unused one of its own"
+        )
+    if pad_id == tokenizer.eos_token_id:
+        raise UserError(f"{name}: pad_token {pad_token!r} is the EOS; set fetch_base.pad_token to another token")
+    turn_ids = _rendered_turn(tokenizer, name)
+    if pad_id in turn_ids:
+        raise UserError(
+            f"{name}: its chat template uses {pad_token!r}; set fetch_base.pad_token to an unused token"
+        )
+    if tokenizer.eos_token_id not in turn_ids[-4:]:
+        raise UserError(f"{name}: its chat template does not end a turn with {tokenizer.eos_token!r}, its EOS")
+    tokenizer.pad_token = pad_token
+    ids = {
+        "pad_token_id": pad_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    model.config.update(ids)
+    model.generation_config = GenerationConfig(**ids)
+
+
+def _rendered_turn(tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # a template is a program and can raise anything
+        raise UserError(f"{name}: its chat template fails on a question and an answer: {error}") from error
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

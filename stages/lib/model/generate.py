@@ -1,0 +1,238 @@
+"""Answers to prompts: batched decoding, greedy or sampled, in which no answer depends on its batch mates."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicLayer
+
+from stages.lib.model.loading import DTYPES
+from stages.lib.model.packing import shared_prefix_length, shares_prefixes
+
+CACHE_BLOCK = 64  # positions by which the key-value cache grows
+ROW_BLOCK = 4  # rows by which a batch shrinks: MKL takes half as long again for 7 rows as for 8
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One model's answer to one prompt."""
+
+    ids: list[int]  # as generated, EOS included
+    text: str  # without special tokens
+    ended: bool  # by itself, not at the token limit
+
+
+def answer_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[list[int]],
+    max_new_tokens: int | Sequence[int],
+    precision: str,
+    batch_size: int = 64,
+    **options,
+) -> list[Answer]:
+    """`generate` on the model's own device, with the answers as texts too."""
+    responses = generate(
+        model, tokenizer, prompt_ids, max_new_tokens, model.device, precision, batch_size=batch_size, **options
+    )
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return [
+        Answer(ids, text.strip(), ids[-1] == tokenizer.eos_token_id)
+        for ids, text in zip(responses, texts, strict=True)
+    ]
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[list[int]],
+    max_new_tokens: int | Sequence[int],
+    device: torch.device,
+    precision: str,
+    temperature: float | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: str | None = None,
+) -> list[list[int]]:
+    """One answer to each prompt.
+
+    Prompts of like length share a batch, padded so that all their last tokens predict in the same column; what
+    all of them begin with is read once (on CPUs). Rows that have ended leave their batch. Decoding reads every
+    weight once per token and is bound by memory, so the weights themselves are held in `precision` (a copy; the
+    model given stays as it is).
+
+    Sampling draws one uniform number per prompt and position from `seed` and looks it up in the cumulative
+    distribution, so the answer to a prompt does not depend on `batch_size`, beyond rounding.
+
+    Args:
+        prompt_ids: N lists of token ids, generation header included.
+        max_new_tokens: for all, or one for each prompt.
+        temperature: None is greedy; else logits are divided by it.
+        top_p: nucleus sampling (arXiv:1904.09751): the fewest likeliest tokens that reach this probability.
+        progress: label of a progress bar, None for no bar.
+
+    Returns:
+        N lists of response ids in the order of `prompt_ids`, cut after the first EOS, which is included. The
+        pad token is never generated.
+
+    Raises:
+        ValueError: an empty prompt, no new tokens, or a temperature or top_p outside its range.
+    """
+    budgets = [max_new_tokens] * len(prompt_ids) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if len(budgets) != len(prompt_ids) or not all(prompt_ids) or min(budgets, default=1) < 1:
+        raise ValueError("each prompt needs at least one token and a budget of at least one new token")
+    if temperature is not None and not (temperature > 0 and 0 < top_p <= 1):
+        raise ValueError(f"temperature {temperature} must be positive and top_p {top_p} within (0, 1]")
+    draws = torch.rand(len(prompt_ids), max(budgets, default=0), generator=torch.Generator().manual_seed(seed))
+    training = model.training
+    model = in_precision(model, precision).to(device).eval()
+    responses: list[list[int]] = [[] for _ in prompt_ids]
+    # long budgets together, then by length: fewest pads, and no batch shrinks to one row early
+    order = sorted(range(len(prompt_ids)), key=lambda i: (-budgets[i], -len(prompt_ids[i])))
+    bar = tqdm(total=len(order), desc=progress, unit="answer", mininterval=2, disable=progress is None)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        _decode(model, tokenizer, prompt_ids, rows, budgets, temperature, top_p, draws, responses, bar)
+    bar.close()
+    model.train(training)
+    return responses
+
+
+def in_precision(model: PreTrainedModel, precision: str) -> PreTrainedModel:
+    """The model itself where its weights have that precision already, else a copy of it that has."""
+    dtype = DTYPES[precision]
+    if all(parameter.dtype == dtype for parameter in model.parameters()):
+        return model
+    return copy.deepcopy(model).to(dtype)
+
+
+def sample_token(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Tokens by inverse transform: the first whose cumulative probability exceeds the uniform number.
+
+    Args:
+        logits: (B, V); -inf for tokens that must not appear.
+        uniform: (B,) in [0, 1).
+
+    Returns:
+        (B,) token ids.
+    """
+    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    tokens = None
+    if top_p < 1:
+        probs, tokens = _nucleus(probs, top_p)
+    exact = torch.float32 if probs.device.type == "mps" else torch.float64  # 49,152 small terms; MPS has no fp64
+    cumulative = probs.to(exact).cumsum(-1)
+    target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
+    picked = torch.searchsorted(cumulative, target, right=True).clamp(max=probs.shape[-1] - 1)
+    return (picked if tokens is None else tokens.gather(1, picked)).squeeze(1)
+
+
+def _nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """(B, k) probabilities and their tokens, likeliest first, 0 outside the nucleus."""
+    k = min(256, probs.shape[-1])
+    while True:  # a full sort of the vocabulary costs more than the model; the nucleus is mostly small
+        top, tokens = probs.topk(k)
+        if k == probs.shape[-1] or bool((top.sum(-1) >= top_p).all()):
+            break
+        k = min(8 * k, probs.shape[-1])
+    before = top.cumsum(-1) - top
+    return top.masked_fill(before >= top_p, 0.0), tokens
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room to grow: a step writes one column, where DynamicLayer copies all of them."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            self.rooms = self.keys, self.values
+        length = self.keys.shape[2]
+        total = length + key_states.shape[2]
+        if self.rooms[0].shape[2] < total or self.rooms[0].shape[0] != self.keys.shape[0]:
+            batch, heads, _, width = self.keys.shape
+            self.rooms = tuple(x.new_empty(batch, heads, total + CACHE_BLOCK, width) for x in self.rooms)
+            self.rooms[0][:, :, :length], self.rooms[1][:, :, :length] = self.keys, self.values
+        self.rooms[0][:, :, length:total], self.rooms[1][:, :, length:total] = key_states, value_states
+        self.keys, self.values = (room[:, :, :total] for room in self.rooms)
+        return self.keys, self.values
+
+
+def _decode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[list[int]],
+    rows: list[int],
+    budgets: list[int],
+    temperature: float | None,
+    top_p: float,
+    draws: Tensor,
+    responses: list[list[int]],
+    bar: tqdm,
+) -> None:
+    """Answers the prompts `rows` in one batch, into `responses`."""
+    device = model.device
+    prompts = [prompt_ids[i] for i in rows]
+    common = shared_prefix_length(prompts) if shares_prefixes(device) else 0
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
+    # by index, which copies: of a frozen model's slice of hidden states, torch would make the logits with one copy
+    # of the output weights per row
+    last = torch.tensor([-1], device=device)
+    if common:
+        prefix = torch.tensor([prompts[0][:common]], device=device)
+        model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=last)
+        cache.batch_repeat_interleave(len(rows))
+    width = max(map(len, prompts))
+    pads = [width - len(prompt) for prompt in prompts]
+    ids = [[tokenizer.pad_token_id] * pad + prompt[common:] for prompt, pad in zip(prompts, pads, strict=True)]
+    inputs = torch.tensor(ids, device=device)
+    mask = [[1] * common + [0] * pad + [1] * (width - common - pad) for pad in pads]
+    mask = torch.tensor(mask, device=device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, common:]
+    going = list(range(len(rows)))  # places of the rows that have not ended
+    for step in range(max(budgets[i] for i in rows)):
+        logits = model(
+            input_ids=inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=last,
+        ).logits[:, -1]
+        logits[:, tokenizer.pad_token_id] = -torch.inf
+        if temperature is None:
+            tokens = logits.argmax(-1)
+        else:
+            tokens = sample_token(logits, draws[rows, step], temperature, top_p)
+        answered = tokens.tolist()
+        for place in going:
+            responses[rows[place]].append(answered[place])
+        before = len(going)
+        going = [
+            place
+            for place in going
+            if responses[rows[place]][-1] != tokenizer.eos_token_id
+            and len(responses[rows[place]]) < budgets[rows[place]]
+        ]
+        bar.update(before - len(going))
+        if not going:
+            return
+        room = math.ceil(len(going) / ROW_BLOCK) * ROW_BLOCK
+        if room < len(rows):
+            ended = sorted(set(range(len(rows))) - set(going))
+            kept = sorted(going + ended[: room - len(going)])
+            going = [kept.index(place) for place in going]
+            rows = [rows[place] for place in kept]
+            kept = torch.tensor(kept, device=device)
+            cache.batch_select_indices(kept)
+            tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
+        inputs = tokens[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        positions = positions[:, -1:] + 1

@@ -1,0 +1,170 @@
+"""Loading, freezing, precision, device and seeds."""
+
+import ctypes
+import os
+import random
+import shutil
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from stages.lib.run.artefacts import NoRoomError, is_no_room, require_room
+from stages.lib.run.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def set_seed(seed: int = 42) -> None:
+    """Seeds Python, NumPy and torch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed)  # TRL's PPO draws its minibatches from NumPy
+    torch.manual_seed(seed)
+
+
+def disable_dropout_in_model(model: nn.Module) -> None:
+    """Sets p = 0 on every dropout, so that policy and reference differ by weights alone."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def pick_device() -> torch.device:
+    """The device of this run: $DEVICE if set, else cuda, mps or cpu, whichever is there first.
+
+    The environment, not params.yaml: moving to another machine must not by itself rerun a trained model.
+    Under torchrun each process takes the GPU of its local rank.
+    """
+    name = os.environ.get("DEVICE", "")
+    if not name:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"DEVICE={name}: not usable here ({error}); unset it or choose cpu") from error
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)  # a saturated loss makes denormal gradients, which CPUs crawl through
+        _keep_freed_memory()
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to keep large freed blocks: returned to the kernel, each would be zeroed again at its next use.
+
+    Halves the time of the fresh buffers that every micro-batch needs. Does nothing where libc has no mallopt.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        m_mmap_max, m_trim_threshold = -4, -1  # malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """Resolves `auto`: bf16 where the hardware multiplies it, fp16 on older CUDA cards, else fp32.
+
+    Returns:
+        'bf16', 'fp16' or 'fp32'.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+    return "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Matrix products in `precision` over fp32 weights; for fp32, a context that does nothing."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def make_accelerator(device: torch.device, precision: str) -> Accelerator:
+    """Accelerate's view of `device` and `precision`; processes come from torchrun or `accelerate launch`."""
+    mixed_precision = "no" if precision == "fp32" else precision
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        # accelerate 1.15 would round weights, reduced gradients and log-probs to `precision`; autocast is enough
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    if accelerator.mixed_precision != mixed_precision:
+        # accelerate 1.15 keeps the first precision of a process; under a launcher its own setting could win
+        raise UserError(f"precision {precision} was asked for, accelerate runs {accelerator.mixed_precision}")
+    return accelerator
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer `fetch_base` prepared: with a chat template, an EOS and a pad token other than it.
+
+    Raises:
+        UserError: one of the three is missing.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.chat_template is None:
+        raise UserError(f"{folder}: the tokenizer has no chat template; choose an instruction-tuned model")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: the tokenizer has no EOS token; choose an instruction-tuned model")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise UserError(f"{folder}: the pad token must exist and differ from the EOS; run fetch_base again")
+    return tokenizer
+
+
+def load_causal_lm(folder: Path, device: torch.device | None = None) -> PreTrainedModel:
+    """The causal language model in `folder`: fp32, eval mode, no dropout, on `device` or the CPU."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    disable_dropout_in_model(model)
+    return model.to(device or "cpu").eval()
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Eval mode and no gradients: a reference, a reward model or a backbone."""
+    return model.eval().requires_grad_(False)
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """One safetensors file, configuration and tokenizer: no pickle, no optimizer state, no shards.
+
+    Written beside `folder` and moved in file by file: the old ones may be hard links into DVC's cache, which
+    writing in place would change, and a killed or full-disk run leaves no half a model.
+
+    Args:
+        weights: the model's state dict, where the model itself may hold only a part of it; None: its own.
+
+    Raises:
+        NoRoomError: the disk cannot hold the model; `folder` is as it was.
+    """
+    num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())  # shared ones once
+    for rest in folder.parent.glob(f".{folder.name}.*.partial"):  # of a killed process
+        shutil.rmtree(rest)
+    require_room(folder, num_bytes)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    if weights is not None:  # gathered from parts, tied weights are two tensors
+        weights = {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
+    try:
+        model.save_pretrained(partial, state_dict=weights, max_shard_size="100GB")
+        tokenizer.save_pretrained(partial)
+        folder.mkdir(exist_ok=True)
+        for file in sorted(partial.iterdir()):
+            os.replace(file, folder / file.name)
+    except Exception as error:
+        if not is_no_room(error):
+            raise
+        raise NoRoomError(folder, num_bytes) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,116 @@
+"""The reward model: one linear head on a backbone, read at each sequence's last token.
+
+A conversation is scored where its final <|im_end|> stands, in training, in PPO and in analysis alike, by the
+one function here. The head is applied in fp32: a bf16 score near 4 has steps of 0.03.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+from stages.lib.model.attention import use_packed_attention
+from stages.lib.model.loading import autocast, disable_dropout_in_model
+from stages.lib.model.packing import group_by_tokens, pack, shares_prefixes
+from stages.lib.run.errors import UserError
+
+
+def new_reward_model(folder: Path, pad_token_id: int) -> PreTrainedModel:
+    """The causal model in `folder` with a fresh head in place of its output layer, fp32, on the CPU.
+
+    The head's weights are drawn here: seed first.
+    """
+    with suppress_seqcls_warning():  # the head is missing from the checkpoint, and should be
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=1, dtype=torch.float32, local_files_only=True
+        )
+    model.config.pad_token_id = pad_token_id
+    disable_dropout_in_model(model)
+    return model.eval()
+
+
+def load_reward_model(folder: Path, device: torch.device | None = None) -> PreTrainedModel:
+    """The trained reward model in `folder`: fp32, eval mode, no dropout, on `device` or the CPU.
+
+    Raises:
+        UserError: the checkpoint lacks a weight, so that transformers would draw a random head without a word.
+    """
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=1, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{folder}: {', '.join(missing)} is missing from the checkpoint; run train_reward again")
+    disable_dropout_in_model(model)
+    return model.to(device or "cpu").eval()
+
+
+def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The transformer below the head of a sequence classification model."""
+    return getattr(model, model.base_model_prefix)
+
+
+def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """(N, H) hidden states to (N,) scores or values, in fp32 whatever autocast says."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return model.score(hidden.float()).squeeze(-1)
+
+
+@torch.no_grad()
+def pooled_features(
+    model: PreTrainedModel,
+    sequences: list[list[int]],
+    micro_batch_tokens: int,
+    precision: str,
+    progress: str | None = None,
+) -> Tensor:
+    """What the reward head reads: the backbone's hidden state at each sequence's last token.
+
+    Args:
+        model: a sequence classification model, on the device where the work shall happen.
+        sequences: N lists of token ids, at least two each.
+        micro_batch_tokens: memory dial; changes the result by rounding only.
+        precision: 'bf16', 'fp16' or 'fp32'.
+        progress: a label for a progress bar over tokens, or None for none.
+
+    Returns:
+        (N, H) float32 on the CPU, in the order given.
+    """
+    backbone = backbone_of(model)
+    features = torch.empty(len(sequences), model.config.hidden_size)
+    lengths = [len(ids) for ids in sequences]
+    bar = tqdm(total=sum(lengths), desc=progress, unit="tok", unit_scale=True, disable=progress is None)
+    with use_packed_attention(backbone), autocast(model.device, precision), bar:
+        for group in group_by_tokens(lengths, micro_batch_tokens):
+            texts = [sequences[i][:-1] for i in group], [sequences[i][-1:] for i in group]
+            batch = pack(*texts, shares_prefixes(model.device)).to(model.device)
+            hidden = last_hidden_state(backbone, batch)
+            features[group] = hidden[batch.last_index].float().cpu()
+            bar.update(sum(lengths[i] for i in group))
+    return features
+
+
+def last_hidden_state(backbone: nn.Module, batch) -> Tensor:
+    """(T, H) of a packed batch, under `use_packed_attention`."""
+    return backbone(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        sequence_lengths=batch.sequence_lengths,
+        contexts=batch.contexts,
+    ).last_hidden_state[0]
+
+
+@torch.no_grad()
+def score_sequences(
+    model: PreTrainedModel,
+    sequences: list[list[int]],
+    micro_batch_tokens: int,
+    precision: str,
+    progress: str | None = None,
+) -> list[float]:
+    """The reward model's score of each whole conversation (prompt and completion), read at its last token."""
+    features = pooled_features(model, sequences, micro_batch_tokens, precision, progress)
+    return apply_head(model, features.to(model.device)).tolist()

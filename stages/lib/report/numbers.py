@@ -1,0 +1,131 @@
+"""The report's key numbers: each with its interval, beside what it has to beat."""
+
+from stages.lib.analysis.stats import Interval
+from stages.lib.analysis.text_features import RANKER_LABELS
+from stages.lib.report.files import ReportFiles
+from stages.lib.report.page import Estimate, Forest, Scale, Tile, percentage_ends, percentages, spell
+from stages.lib.report.plots import MODELS
+
+SHARE = Scale(0, 1, reference=0.5)
+CHANGE = Scale(-1, 1, reference=0, digits=3, signed=True)
+SCORE_CHANGE = Scale(-1, 1, reference=0, signed=True)
+
+
+def tiles(files: ReportFiles) -> list[Tile]:
+    """Whether it worked, at a glance."""
+    dpo = analysed(files, "dpo", "rewards/accuracies")
+    reward_model = analysed(files, "reward_model", "accuracy")
+    best = max(baselines(files), key=lambda estimate: estimate.interval.mean)
+    did, ppo_did = (analysed(files, model, "did") for model in ("dpo", "ppo"))
+    gain = files.interval("train_ppo", "score_gain")
+    before, after, kl = (files.metric("train_ppo", key) for key in ("score_before", "score_after", "kl"))
+    more, less = "training texts gained more", "training texts gained less"
+    return [
+        Tile(
+            "Held-out pairs that DPO ranks right",
+            f"{spell(100 * dpo.mean, 0)}\N{NO-BREAK SPACE}%",
+            percentage_ends(dpo),
+            f"Reward model {percentages(reward_model)}. With no training at all, {best.label}: "
+            f"{percentages(best.interval)}.",
+        ),
+        Tile(
+            "Memorised by DPO (nats per token)",
+            spell(did.mean, 3, signed=True),
+            CHANGE.ends(did),
+            f"Gain of training texts less that of held-out ones: {verdict(did, more, less)}. "
+            f"PPO: {CHANGE.show(ppo_did)}, {verdict(ppo_did, more, less)}.",
+        ),
+        Tile(
+            "Score gained by PPO",
+            spell(gain.mean, signed=True),
+            SCORE_CHANGE.ends(gain),
+            f"From {spell(before)} to {spell(after)} on held-out prompts, at a KL of {spell(kl)} nats per answer: "
+            f"{verdict(gain, 'answers score higher', 'answers score lower')}.",
+        ),
+    ]
+
+
+def forests(files: ReportFiles) -> list[Forest]:
+    """All key numbers, in groups that share a scale."""
+    pairs = files.metric("fetch_pairs", "heldout_pairs")
+    return [
+        Forest(
+            "Which of two answers is preferred?",
+            f"Share of the {pairs:,} held-out pairs ranked right; 0.5 is guessing. Hollow: untrained rankers, "
+            "most of which count one feature. A trained one that does no better may have learnt style alone.",
+            [
+                Estimate("DPO’s implicit reward", analysed(files, "dpo", "rewards/accuracies")),
+                Estimate("PPO’s implicit reward", analysed(files, "ppo", "rewards/accuracies")),
+                Estimate("Reward model", analysed(files, "reward_model", "accuracy")),
+                *baselines(files),
+            ],
+            SHARE,
+        ),
+        Forest(
+            "Are training texts likelier than others?",
+            "Probability (AUC) that a random training text is likelier, per token, than a random text of the "
+            "other group; 0.5 is no difference. What the base shows was there before any training.",
+            [
+                Estimate(f"{label}: training over {other}", analysed(files, model, key))
+                for key, other in (("auc_heldout", "held-out"), ("auc_unseen", "unseen"))
+                for model, label in MODELS.items()
+            ],
+            SHARE,
+        ),
+        Forest.fitted(
+            "What did training change?",
+            "Change of log-prob per token from the base, in nats. Only a difference of differences clear of 0 "
+            "means that texts were memorised rather than a style learnt.",
+            [
+                Estimate(f"{MODELS[model]}: {label}", analysed(files, model, key), note)
+                for model in ("dpo", "ppo")
+                for key, label, note in (
+                    ("change_train_chosen", "training texts", ""),
+                    ("change_heldout_chosen", "held-out texts", ""),
+                    ("change_unseen", "unseen texts of another kind", ""),
+                    ("did", "training less held-out", "the difference of differences"),
+                )
+            ],
+            reference=0,
+            digits=3,
+            signed=True,
+        ),
+        Forest(
+            "Did DPO make the preferred answers less likely?",
+            "Share of pairs whose chosen answer lost log-prob (likelihood displacement).",
+            [
+                Estimate("Training pairs", analysed(files, "dpo", "displaced_train")),
+                Estimate("Held-out pairs", analysed(files, "dpo", "displaced_heldout")),
+            ],
+            Scale(0, 1, reference=None),
+        ),
+        Forest.fitted(
+            "Did PPO raise the score?",
+            "Reward-model score after less before, on the same held-out prompts. PPO optimises this very score, "
+            "so read it with the baselines above and the samples below.",
+            [Estimate("Gain in score", files.interval("train_ppo", "score_gain"))],
+            reference=0,
+            signed=True,
+        ),
+    ]
+
+
+def baselines(files: ReportFiles) -> list[Estimate]:
+    """Pair accuracy of every untrained ranker, best first."""
+    values = files.metric("analyze_logps", "rankers")
+    names = [name for name in values if not name.endswith(("_low", "_high"))]
+    return [
+        Estimate(RANKER_LABELS.get(name, name), analysed(files, "rankers", name), kind="baseline")
+        for name in sorted(names, key=lambda name: -values[name])
+    ]
+
+
+def analysed(files: ReportFiles, *keys: str) -> Interval:
+    """An estimate of analyze_logps."""
+    return files.interval("analyze_logps", *keys)
+
+
+def verdict(difference: Interval, above: str, below: str) -> str:
+    if difference.covers(0):
+        return "no difference found"
+    return above if difference.mean > 0 else below

@@ -1,0 +1,331 @@
+"""Pictures of the analysis as PNG: the same numbers give the same bytes.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart; line styles and markers say the same again.
+"""
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from scipy.stats import gaussian_kde
+
+from stages.lib.analysis.stats import Interval
+from stages.lib.analysis.text_features import RANKER_LABELS
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#5f6b7a"
+INK = "#1f2933"
+MODELS = {"base": "Base", "dpo": "DPO", "ppo": "PPO"}
+GROUPS = {  # colour says whether it was trained on, the line which answer it is
+    "train_chosen": ("training, chosen", BLUE, "-"),
+    "train_rejected": ("training, rejected", BLUE, "--"),
+    "heldout_chosen": ("held-out, chosen", ORANGE, "-"),
+    "heldout_rejected": ("held-out, rejected", ORANGE, "--"),
+    "unseen": ("unseen, another kind", GREEN, "-."),
+}
+CAPTIONS = {
+    "densities": "Look for a gap between training (blue) and held-out (orange) of the same line style that was "
+    "not there under the base: that would be memorising. Both moving together is a change of style.",
+    "ecdf": "Each text against itself under the base. Right of the dotted line it became more likely. Where blue "
+    "lies right of orange, training raised its own texts more than others like them.",
+    "displacement": "One point per pair. Above the diagonal the implicit reward ranks the pair right. Lower left: "
+    "both answers became less likely, the chosen one included (likelihood displacement).",
+    "rankers": "Share of held-out pairs whose chosen answer comes first; bars are confidence intervals, the "
+    "dotted line is chance. A trained ranker that does no better than counting has shown style, not more.",
+    "margins": "Held-out pairs follow the training batches as long as what is learnt carries over. A gap that "
+    "widens is overfitting.",
+    "scores": "Left: the further apart, the surer the reward model. Right: the same held-out prompts answered "
+    "before and after PPO; a shift to the right is what PPO was trained for. A tick below is one answer.",
+    "score_kl": "Up is a higher score, right is further from the start of training. Score that grows only with KL "
+    "is bought with drift; a falling score at high KL is over-optimisation.",
+}
+STYLE = {
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#8893a3",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e8ee",
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "lines.linewidth": 1.9,
+    "figure.facecolor": "white",
+}
+WIDTH = 8.4  # inches; at README width a 10-point letter then stays legible
+DPI = 150
+
+
+def densities(texts: pd.DataFrame) -> bytes:
+    """Distribution of per-token log-probs, a panel per model and a curve per group.
+
+    Args:
+        texts: a row per text: group, and per-token log-probs (nats) under base, dpo and ppo.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(6.6)
+        panels = figure.subplots(len(MODELS), 1, sharex=True)
+        values = texts[list(MODELS)].to_numpy()
+        grid = np.linspace(*_span(values, 0.08), 400)
+        for axes, (model, label) in zip(panels, MODELS.items(), strict=True):
+            for group, (name, colour, line) in GROUPS.items():
+                curve = _density(texts.loc[texts["group"] == group, model].to_numpy(), grid)
+                axes.plot(grid, curve, line, color=colour, label=name)
+            axes.set(title=label, ylabel="density", ylim=(0, None))
+            axes.yaxis.set_major_locator(MaxNLocator(3))
+        panels[-1].set_xlabel("log-prob per token (nats)")
+        _legend(figure, panels[0], columns=3)
+        return _png(figure, "How likely each model finds each kind of text", "densities")
+
+
+def ecdf(texts: pd.DataFrame) -> bytes:
+    """Cumulative distribution of the change of per-token log-prob from base, a panel for DPO and for PPO."""
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(4.4)
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, model in zip(panels, ("dpo", "ppo"), strict=True):
+            change = texts[model] - texts["base"]
+            for group, (name, colour, line) in GROUPS.items():
+                axes.ecdf(change[texts["group"] == group], label=name, color=colour, linestyle=line)
+            axes.axvline(0, color=GREY, linestyle=":", linewidth=1.2)
+            axes.set(title=MODELS[model], xlabel="change from base (nats per token)", xlim=_span(change, 0.04))
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+        panels[0].set_ylabel("share of texts")
+        panels[0].yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        _legend(figure, panels[0], columns=3)
+        return _png(figure, "How far training moved each text", "ecdf")
+
+
+def displacement(pairs: pd.DataFrame) -> bytes:
+    """Change of the chosen against change of the rejected answer's log-prob, a panel for DPO and for PPO.
+
+    Args:
+        pairs: split ('train', 'heldout'), and dpo/chosen, dpo/rejected, ppo/chosen, ppo/rejected: changes of the
+            summed log-prob from base (nats).
+    """
+    looks = {"train": ("training", BLUE, "o", 16), "heldout": ("held-out", ORANGE, "^", 30)}
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(5.6)
+        panels = figure.subplots(1, 2)
+        for axes, model in zip(panels, ("dpo", "ppo"), strict=True):
+            part = pairs[["split"]].assign(chosen=pairs[f"{model}/chosen"], rejected=pairs[f"{model}/rejected"])
+            low, high = _span(np.append(part[["chosen", "rejected"]].to_numpy(), 0.0), 0.24)
+            axes.plot([low, high], [low, high], "--", color=GREY, linewidth=1)
+            axes.axhline(0, color=GREY, linewidth=1)
+            axes.axvline(0, color=GREY, linewidth=1)
+            for split, (name, colour, marker, size) in looks.items():
+                points = part[part["split"] == split]
+                look = {"s": size, "c": colour, "marker": marker, "alpha": 0.6, "linewidths": 0}
+                axes.scatter(points["rejected"], points["chosen"], label=name, **look)
+            axes.set(
+                title=MODELS[model],
+                xlabel="rejected answer, change (nats)",
+                xlim=(low, high),
+                ylim=(low, high),
+                aspect="equal",
+            )
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            _quadrants(axes, part)
+        panels[0].set_ylabel("chosen answer, change (nats)")
+        _legend(figure, panels[0], columns=2)
+        return _png(figure, "Which answer training made more likely", "displacement")
+
+
+def rankers(estimates: Mapping[str, Interval], trained: Sequence[str]) -> bytes:
+    """Pair accuracies with intervals, best first; the `trained` ones stand out."""
+    order = sorted(estimates, key=lambda name: (estimates[name].mean, name))
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(1.9 + 0.32 * len(order))
+        axes = figure.subplots()
+        axes.axvline(0.5, color=GREY, linestyle=":", linewidth=1.2)
+        for y, name in enumerate(order):
+            interval, colour = estimates[name], BLUE if name in trained else GREY
+            low, high = (interval.mean if end is None else end for end in (interval.low, interval.high))
+            axes.plot([low, high], [y, y], color=colour, linewidth=3.2 if name in trained else 2, alpha=0.75)
+            axes.plot(interval.mean, y, "D" if name in trained else "o", color=colour, markersize=7)
+            axes.annotate(
+                f"{100 * interval.mean:.0f} %",
+                (1.02, y),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                color=colour,
+                weight="bold" if name in trained else "normal",
+            )
+        axes.set(xlabel="held-out pairs ranked right", xlim=(-0.02, 1.02), ylim=(-0.7, len(order) - 0.3))
+        axes.set_yticks(range(len(order)), [RANKER_LABELS.get(name, name) for name in order])
+        for tick, name in zip(axes.get_yticklabels(), order, strict=True):
+            tick.set(weight="bold" if name in trained else "normal")
+        axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        axes.grid(axis="y", visible=False)
+        return _png(figure, "Trained rankers (bold) beside counting one feature", "rankers")
+
+
+def margins(history: pd.DataFrame, heldout: pd.DataFrame) -> bytes:
+    """DPO's implicit reward margin and accuracy over optimizer steps (columns as in train_dpo's CSV files)."""
+    curves = ((history, "training batch", BLUE, "-", "o"), (heldout, "held-out pairs", ORANGE, "--", "^"))
+    titles = {"rewards/margins": "Margin, chosen less rejected", "rewards/accuracies": "Pairs ranked right"}
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(3.9)
+        panels = figure.subplots(1, 2)
+        for axes, (column, title) in zip(panels, titles.items(), strict=True):
+            for table, name, colour, line, marker in curves:
+                axes.plot(
+                    table["step"], table[column], line, color=colour, label=name, marker=marker, markersize=4
+                )
+            axes.set(title=title, xlabel="optimizer step")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        panels[0].set_ylabel("implicit reward")
+        panels[1].yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        panels[1].set_ylim(-0.03, 1.03)
+        _legend(figure, panels[0], columns=2)
+        return _png(figure, "DPO: implicit rewards over training", "margins")
+
+
+def scores(pairs: pd.DataFrame, answers: pd.DataFrame) -> bytes:
+    """Reward-model scores of held-out pairs, and of answers before and after PPO.
+
+    Args:
+        pairs: chosen_score, rejected_score.
+        answers: score_before, score_after.
+    """
+    panels_of = (
+        (
+            "Held-out answers of the data",
+            pairs,
+            (("chosen_score", "chosen", BLUE), ("rejected_score", "rejected", ORANGE)),
+        ),
+        (
+            "Generated answers",
+            answers,
+            (("score_before", "before PPO", GREY), ("score_after", "after PPO", GREEN)),
+        ),
+    )
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(4.1)
+        panels = figure.subplots(1, 2)
+        for axes, (title, table, series) in zip(panels, panels_of, strict=True):
+            grid = np.linspace(*_span(table[[column for column, *_ in series]].to_numpy(), 0.25), 300)
+            for (column, name, colour), line, row in zip(series, ("-", "--"), (0, 1), strict=True):
+                values = table[column].to_numpy()
+                curve = _density(values, grid)
+                axes.plot(
+                    grid, curve, line, color=colour, label=f"{name}, mean {values.mean():.2f}".replace("-", "−")
+                )
+                axes.fill_between(grid, curve, color=colour, alpha=0.13, linewidth=0)
+                # every score as a tick below the axis' zero, so that few texts do not look like many
+                axes.plot(
+                    values,
+                    np.full(len(values), -0.05 - 0.05 * row),
+                    "|",
+                    color=colour,
+                    markersize=8,
+                    transform=axes.get_xaxis_transform(),
+                    clip_on=False,
+                )
+            axes.set(title=title, ylim=(0, None))
+            axes.set_xlabel("reward-model score", labelpad=4)
+            axes.tick_params(axis="x", pad=21)
+            axes.yaxis.set_major_locator(MaxNLocator(3))
+            axes.legend(loc="upper left", bbox_to_anchor=(0, 1))
+            axes.set_ylim(0, axes.get_ylim()[1] * 1.35)
+        panels[0].set_ylabel("density")
+        return _png(figure, "Reward-model scores", "scores")
+
+
+def score_kl(history: pd.DataFrame) -> bytes:
+    """PPO's path: score of the sampled answers against their KL to the reference (columns as in its history)."""
+    kl, score, episode = (history[name] for name in ("objective/kl", "objective/raw_scores", "episode"))
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(4.6)
+        axes = figure.subplots()
+        axes.plot(kl, score, color="#b8c0cc", linewidth=1.2, zorder=1)
+        points = axes.scatter(
+            kl, score, s=52, c=episode, cmap="cividis", zorder=2, edgecolors="white", linewidths=0.6
+        )
+        for position, name in ((0, "start"), (-1, "end")):
+            axes.annotate(
+                name,
+                (kl.iloc[position], score.iloc[position]),
+                xytext=(7, 7),
+                textcoords="offset points",
+                weight="bold",
+            )
+        axes.set(xlabel="KL to the start of training (nats per answer)", ylabel="mean reward-model score")
+        axes.margins(0.09)
+        figure.colorbar(points, ax=axes, label="episodes answered")
+        return _png(figure, "PPO: score gained against distance travelled", "score_kl")
+
+
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+
+
+def _legend(figure: Figure, axes: Axes, columns: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, alignment="left")
+
+
+def _png(figure: Figure, title: str, name: str) -> bytes:
+    """With the title above and the caption below; no date and no version, which would change the bytes."""
+    heading = {"size": 13.5, "weight": "bold"}
+    if figure.legends:  # a suptitle would lie on top of the figure's legend
+        figure.legends[0].set_title(title, prop=heading)
+    else:
+        figure.suptitle(title, x=0.008, ha="left", **heading)
+    caption = textwrap.fill(CAPTIONS[name], 116)
+    figure.supxlabel(caption, x=0.008, ha="left", fontsize=9.5, color="#3c4757")
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _quadrants(axes: Axes, pairs: pd.DataFrame) -> None:
+    """The share of training and held-out pairs in each quadrant, in its corner."""
+    corners = {  # signs of the changes of rejected and chosen: where the words stand, and the words
+        (-1, 1): (0.02, 0.98, "as meant"),
+        (1, 1): (0.98, 0.98, "both rose"),
+        (-1, -1): (0.02, 0.02, "both fell"),
+        (1, -1): (0.98, 0.02, "wrong way"),
+    }
+    for (rejected, chosen), (x, y, words) in corners.items():
+        lines = [words]
+        for split, name in (("train", "training"), ("heldout", "held-out")):
+            part = pairs[pairs["split"] == split]
+            inside = (np.sign(part["rejected"]) == rejected) & (np.sign(part["chosen"]) == chosen)
+            lines.append(f"{100 * inside.mean():.0f} % {name}")
+        axes.annotate(
+            "\n".join(lines),
+            (x, y),
+            xycoords="axes fraction",
+            ha="left" if x < 0.5 else "right",
+            va="top" if y > 0.5 else "bottom",
+            fontsize=9,
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5},
+        )
+
+
+def _span(values: Sequence[float] | np.ndarray, margin: float) -> tuple[float, float]:
+    """Lowest and highest value with a margin, never of width zero."""
+    low, high = float(np.min(values)), float(np.max(values))
+    room = margin * (high - low) or 0.5
+    return low - room, high + room
+
+
+def _density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """Gaussian kernel density; nothing where the values do not spread."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return np.full_like(grid, np.nan)
+    return gaussian_kde(values)(grid)

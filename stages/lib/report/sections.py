@@ -1,0 +1,292 @@
+"""What surrounds the report's key numbers: what was done, how training went, what the models say, what it cost."""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from stages.lib.analysis.stats import Interval
+from stages.lib.report.charts import Picture, Points, curves, picture
+from stages.lib.report.files import ReportFiles
+from stages.lib.report.page import Answer, Sample, Scale, Table, Tile, percentages, spell_seconds
+from stages.lib.report.plots import CAPTIONS, MODELS
+from stages.lib.run.errors import UserError
+
+DATA_STAGES = ("fetch_base", "fetch_pairs", "tokenize_pairs", "reference_logps")
+MODEL_STAGES = ("train_dpo", "train_reward", "train_ppo", "sample_responses", "analyze_logps")
+STAGES = (*DATA_STAGES, *MODEL_STAGES, "publish_hub")
+PARAMETERS = ("base", *DATA_STAGES, *MODEL_STAGES)  # the sections that the numbers depend on
+NONE = "\N{EM DASH}"
+
+DECODING = "sampled"  # the decoding whose style is shown: what a user of the model sees
+MEASURES = {  # of measures.csv: label, digits, as a percentage
+    "tokens": ("Length (tokens)", 0, False),
+    "ended": ("Ended by itself", 0, True),
+    "emoji": ("Emoji per answer", 2, False),
+    "exclamations": ("Exclamation marks per answer", 2, False),
+    "asks_back": ("Has a question", 0, True),
+    "disclaimer": ("“As an AI” phrase", 0, True),
+    "distinct_2": ("Distinct 2-grams (1: no repetition)", 2, False),
+    "base_logp_per_token": ("Log-prob per token under the base (nats)", 2, False),
+}
+
+
+def lede(files: ReportFiles) -> str:
+    """What was trained on what, and on what it was checked."""
+    name = (files.metric("fetch_base", "hub_id") or "A local model").split("/")[-1]
+    size = files.metric("fetch_base", "parameters") / 1e6
+    train, heldout = (files.metric("fetch_pairs", f"{split}_pairs") for split in ("train", "heldout"))
+    return (
+        f"{name} ({size:.4g} million parameters), trained on {train:,} preference pairs of "
+        f"{files.metric('fetch_pairs', 'source')}: directly (DPO), and on the score of a reward model learnt from "
+        f"the same pairs (PPO). Judged on {heldout:,} pairs whose prompts no training saw."
+    )
+
+
+def setup(files: ReportFiles, params: dict[str, Any]) -> list[tuple[str, str]]:
+    """Models, data and trainings, a line or two each."""
+    keys = ("hub_id", "model_type", "parameters", "license", "revision")
+    hub_id, model_type, size, license, revision = (files.metric("fetch_base", key) for key in keys)
+    keys = ("source", "license", "revision", "sha256")
+    source, data_license, data_revision, checksum = (files.metric("fetch_pairs", key) for key in keys)
+    dpo, reward, ppo = (params[stage] for stage in ("train_dpo", "train_reward", "train_ppo"))
+    dpo_steps, reward_steps = (files.metric(stage, "steps") for stage in ("train_dpo", "train_reward"))
+    keys = ("episodes", "updates", "kept_update", "stopped_early")
+    episodes, updates, kept_update, stopped_early = (files.metric("train_ppo", key) for key in keys)
+    stopped = f" Stopped early at {stopped_early}." if stopped_early else ""
+    return [
+        (
+            "Base model",
+            f"{hub_id or 'a local model'} ({model_type}, {size:,} parameters), licence {license or 'not stated'}, "
+            f"revision {_short(revision)}",
+        ),
+        (
+            "Preference pairs",
+            f"{source}, licence {data_license or 'not stated'}, "
+            f"revision {_short(data_revision or f'sha256:{checksum}')}",
+        ),
+        (
+            "DPO",
+            f"{dpo['loss']} loss, beta {dpo['beta']:g}, learning rate {_rate(dpo['learning_rate'])}, "
+            f"{_times(dpo['epochs'], 'epoch')}: {_times(dpo_steps, 'step')} of {dpo['batch_size']} pairs",
+        ),
+        (
+            "Reward model",
+            f"linear head on the frozen base, learning rate {_rate(reward['learning_rate'])}, "
+            f"{_times(reward['epochs'], 'epoch')}: {_times(reward_steps, 'step')} of {reward['batch_size']} pairs",
+        ),
+        (
+            "PPO",
+            f"from the {MODELS[ppo['policy']]} model, {_times(episodes, 'episode')} in "
+            f"{_times(updates, 'update')}, answers of up to {ppo['response_length']} tokens, "
+            f"KL price {ppo['kl_coef']:g}, learning rate {_rate(ppo['learning_rate'])}; the policy of update "
+            f"{kept_update} was kept.{stopped}",
+        ),
+    ]
+
+
+def data_counts(files: ReportFiles) -> list[tuple[str, str]]:
+    """Everything read, kept, dropped and cut."""
+
+    def sizes(split: str) -> str:
+        pairs, prompts = (files.metric("fetch_pairs", f"{split}_{what}") for what in ("pairs", "prompts"))
+        return f"{_times(pairs, 'pair')} over {_times(prompts, 'prompt')}"
+
+    unseen, source = files.metric("fetch_pairs", "unseen_texts"), files.metric("fetch_pairs", "unseen", "source")
+    cuts = {limit: count for limit, count in files.metric("tokenize_pairs", "cut").items() if count}
+    lengths = files.metric("tokenize_pairs", "lengths")
+    return [
+        ("Pairs read", f"{files.metric('fetch_pairs', 'read'):,}"),
+        ("Kept", f"{files.metric('fetch_pairs', 'kept'):,}"),
+        ("Dropped", _reasons(files.metric("fetch_pairs", "dropped"))),
+        ("Dropped when tokenized", _reasons(files.metric("tokenize_pairs", "dropped"))),
+        ("Trained on", sizes("train")),
+        ("Held out", f"{sizes('heldout')}, none of them trained on"),
+        ("Unseen texts", f"{unseen:,} of another kind, from {source}"),
+        ("Cut to a limit", _reasons(cuts)),
+        (
+            "Mean (longest), in tokens",
+            ", ".join(f"{kind} {row['mean']:.0f} ({row['max']:,})" for kind, row in lengths.items()),
+        ),
+    ]
+
+
+def training_curves(files: ReportFiles) -> list[Picture]:
+    """The histories of the three trainings."""
+
+    def line(stage: str, name: str, x: str, y: str) -> Points:
+        x_values, y_values = files.columns(stage, name, x, y)
+        return x_values, y_values
+
+    def dpo(title: str, column: str, unit: str, caption: str) -> Picture:
+        lines = {
+            "training batch": line("train_dpo", "history.csv", "step", column),
+            "held-out pairs": line("train_dpo", "heldout.csv", "step", column),
+        }
+        return curves(title, caption, lines, "optimizer step", unit)
+
+    def reward(title: str, column: str, unit: str, caption: str) -> Picture:
+        lines = {
+            "training pairs": line("train_reward", "history.csv", "step", column),
+            "held-out pairs": line("train_reward", "history.csv", "step", f"eval_{column}"),
+        }
+        return curves(title, caption, lines, "optimizer step", unit)
+
+    def ppo(title: str, column: str, heldout_column: str | None, unit: str, caption: str) -> Picture:
+        lines = {"training batch": line("train_ppo", "history.csv", "episode", column)}
+        if heldout_column and files.text("train_ppo", "evaluations.csv").strip():
+            lines["held-out prompts"] = line("train_ppo", "evaluations.csv", "episode", heldout_column)
+        return curves(title, caption, lines, "episodes", unit)
+
+    sides = {side: line("train_dpo", "heldout.csv", "step", f"logps/{side}") for side in ("chosen", "rejected")}
+    falling = "A falling chosen line is likelihood displacement."
+    return [
+        dpo("DPO: loss", "loss", "loss", "Starts at ln 2 = 0.693; near 0 the pairs are told apart."),
+        dpo(
+            "DPO: pairs ranked right",
+            "rewards/accuracies",
+            "share of pairs",
+            "By the implicit reward. A gap between the lines is overfitting.",
+        ),
+        dpo(
+            "DPO: reward margin",
+            "rewards/margins",
+            "implicit reward",
+            "Implicit reward of the chosen less that of the rejected answer.",
+        ),
+        curves("DPO: held-out log-probs", falling, sides, "optimizer step", "nats per answer"),
+        reward("Reward model: loss", "loss", "loss", "ln 2 = 0.693 is guessing."),
+        reward("Reward model: pairs ranked right", "accuracy", "share of pairs", "0.5 is guessing."),
+        ppo(
+            "PPO: reward-model score",
+            "objective/raw_scores",
+            "score",
+            "mean score",
+            "What PPO is paid for. A rise on held-out prompts is what counts.",
+        ),
+        ppo("PPO: KL to the start", "objective/kl", "kl", "nats per answer", "How far the policy has travelled."),
+        ppo("PPO: entropy", "objective/entropy", None, "nats per answer", "Near 0 all answers would be the same."),
+    ]
+
+
+def pictures(root: Path) -> list[Picture]:
+    """The pictures of analyze_logps with their captions."""
+    paths = {name: root / f"reports/analyze_logps/{name}.png" for name in CAPTIONS}
+    if missing := [path for path in paths.values() if not path.is_file()]:
+        raise UserError(f"reports/analyze_logps/{missing[0].name}: not found; run `dvc repro analyze_logps`")
+    return [picture(path, name.replace("_", " "), CAPTIONS[name]) for name, path in paths.items()]
+
+
+def gallery(files: ReportFiles, rows: int) -> list[Sample]:
+    """The first prompts of samples.json with every model's answers."""
+    samples = []
+    for number, entry in enumerate(files.json("sample_responses", "samples.json")[:rows], 1):
+        try:
+            answers = {label: _answer(entry, model) for model, label in MODELS.items()}
+            samples.append(Sample(entry["prompt"], answers))
+        except (KeyError, TypeError) as error:
+            where = f"reports/sample_responses/samples.json: sample {number}"
+            raise UserError(f"{where}: {error} is missing; run `dvc repro -f sample_responses`") from error
+    return samples
+
+
+def style(files: ReportFiles, mark_change: Callable[[str], str] | None = None) -> Table:
+    """Style and fluency of the answers, with intervals.
+
+    Args:
+        mark_change: makes a cell stand out; called where the change from the base's answers to the same prompts
+            is clear of zero.
+    """
+    columns = ["model", "decoding", "measure", "mean", "low", "high"]
+    columns += ["change_low", "change_high"] if mark_change else []
+    table = files.table("sample_responses", "measures.csv", *columns)
+    sampled = [row for row in table.to_dict("records") if row["decoding"] == DECODING]
+    found = {(row["measure"], row["model"]): row for row in sampled}
+    rows = []
+    for measure, (label, digits, as_percentage) in MEASURES.items():
+        cells = [label]
+        for model in MODELS:
+            if (row := found.get((measure, model))) is None:
+                where = "reports/sample_responses/measures.csv"
+                raise UserError(f"{where}: no {measure} of {model}; run `dvc repro -f sample_responses`")
+            ends = (None if math.isnan(row[end]) else row[end] for end in ("low", "high"))
+            interval = Interval(row["mean"], *ends)
+            cell = percentages(interval, digits) if as_percentage else Scale(0, 1, None, digits).show(interval)
+            changed = mark_change and (row["change_low"] > 0 or row["change_high"] < 0)
+            cells.append(mark_change(cell) if changed else cell)
+        rows.append(cells)
+    return Table([f"{DECODING.capitalize()} answers", *MODELS.values()], rows)
+
+
+def cost_tile(files: ReportFiles) -> Tile:
+    """Time and memory at a glance."""
+    runs = read_runs(files)
+    if not runs:
+        return Tile("Cost", "not recorded", "", "No run.json here: the stages ran elsewhere.")
+    peak = max(run["peak_memory_mb"] for run in runs.values()) / 1000
+    missing = [stage for stage in STAGES if stage not in runs]
+    note = f" Not recorded: {', '.join(missing)}." if missing else ""
+    seconds = sum(run["seconds"] for run in runs.values())
+    machines = _distinct(run["machine"] for run in runs.values())
+    return Tile(
+        "Cost of all stages", spell_seconds(seconds), "", f"Peak memory {peak:.1f} GB, on {machines}.{note}"
+    )
+
+
+def costs(files: ReportFiles) -> Table:
+    """Time, throughput and peak memory of every stage."""
+    runs, rows = read_runs(files), []
+    for stage in STAGES:
+        run = runs.get(stage)
+        if run is None:
+            rows.append([stage, "not recorded", NONE, NONE, NONE])
+            continue
+        speed = f"{run['tokens_per_second']:,.0f}" if "tokens_per_second" in run else NONE
+        where = ", ".join(str(run[key]) for key in ("device", "precision") if key in run) or NONE
+        rows.append([stage, spell_seconds(run["seconds"]), speed, f"{run['peak_memory_mb'] / 1000:.1f} GB", where])
+    return Table(["Stage", "Time", "Tokens/s", "Peak memory", "Ran on"], rows)
+
+
+def provenance(files: ReportFiles) -> list[tuple[str, str]]:
+    """Machine, versions and Git revision; where stages ran under different ones, all of them."""
+    runs = read_runs(files).values()
+    names = dict.fromkeys(name for run in runs for name in run["versions"])
+    versions = (f"{name} {_distinct(run['versions'].get(name) for run in runs)}" for name in names)
+    return [
+        ("Machine", _distinct(run["machine"] for run in runs)),
+        ("Versions", ", ".join(versions) or NONE),
+        ("Git revision", _distinct(run["git_revision"] for run in runs)),
+    ]
+
+
+def read_runs(files: ReportFiles) -> dict[str, dict[str, Any]]:
+    """run.json of each stage that left one."""
+    runs = {stage: files.run(stage) for stage in STAGES}
+    return {stage: run for stage, run in runs.items() if run is not None}
+
+
+def _answer(entry: dict[str, Any], model: str) -> Answer:
+    texts, ended = entry["answers"][model], entry["ended"][model]
+    return Answer(texts["greedy"], texts["sampled"], ended["greedy"], ended["sampled"])
+
+
+def _short(revision: str) -> str:
+    """'sha256:0123456789ab…' or the like; all of it stands in metrics.json."""
+    kind, _, digits = revision.rpartition(":")
+    return (f"{kind}:" if kind else "") + (f"{digits[:12]}…" if len(digits) > 12 else digits)
+
+
+def _rate(value: float) -> str:
+    return f"{value:g}".replace("e-0", "e-")
+
+
+def _times(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _reasons(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} ({reason.replace('_', ' ')})" for reason, count in counts.items()) or "none"
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    return " / ".join(dict.fromkeys(str(value) for value in values if value is not None)) or NONE

@@ -1,0 +1,150 @@
+"""What every stage does around its own work: parameters in, announcement, errors, run.json out."""
+
+import fcntl
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from stages.lib.run.artefacts import is_no_room, read_json, round_floats, write_json
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base, load_params
+
+PACKAGES = ("torch", "transformers", "trl", "datasets", "dvc")
+
+
+def run_stage(stage: str, main: Callable[..., dict[str, Any] | None], params_class: type) -> None:
+    """Runs `main(base, params)` as the stage script, from the project's root.
+
+    `main` may return facts for run.json, such as `{"tokens": 81_000, "device": "cpu"}`; with `tokens`, the
+    tokens per second are added. run.json is a metric but no out of the stage: it differs from run to run.
+    A UserError, a full disk and used-up memory end the process with exit status 1 and one line.
+    """
+    sys.stdout.reconfigure(line_buffering=True)  # DVC reads through a pipe
+    started = time.monotonic()
+    try:
+        fence = take_fence(stage, Path("."))
+        print(f"{stage}: {_first_line_of(main)}")
+        base = load_params("base", Base)
+        facts = main(base, load_params(stage, params_class)) or {}
+    except UserError as error:
+        sys.exit(f"{stage}: error: {error}")
+    except Exception as error:
+        if message := shortage(error, stage, params_class):
+            sys.exit(f"{stage}: error: {message}")
+        raise
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun only the main process writes
+    seconds = time.monotonic() - started
+    record = run_record(seconds, facts) | {"seed": base.seed} | data_hash(Path("."))
+    write_json(Path("reports") / stage / "run.json", round_floats(record))
+    print(f"{stage}: done in {seconds:.1f} s, peak memory {peak_memory_mb():,.0f} MB")
+    if fence:
+        fence.close()
+
+
+def data_hash(root: Path) -> dict[str, str]:
+    """The SHA-256 of the pairs that fetch_pairs read; empty before it has run."""
+    report = root / "reports/fetch_pairs/metrics.json"
+    return {"data_sha256": read_json(report)["sha256"]} if report.exists() else {}
+
+
+def take_fence(stage: str, root: Path) -> IO[str] | None:
+    """A lock held until this process ends: a stage that outlived a killed dvc and its successor share their files.
+
+    Returns:
+        The open lock file; None in processes under torchrun that are not the main one.
+
+    Raises:
+        UserError: another process runs the stage here.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return None
+    path = root / "checkpoints" / f"{stage}.lock"
+    path.parent.mkdir(exist_ok=True)
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        pid = file.read().strip()
+        raise UserError(
+            f"process {pid} still runs this stage here, left over from a killed dvc perhaps. Wait for it, or "
+            f"end it (kill {pid}: a training stage saves a checkpoint first), then run dvc repro again"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def shortage(error: Exception, stage: str, params_class: type) -> str | None:
+    """What to do about a full disk or used-up memory, in one line; None for any other error."""
+    if is_no_room(error):
+        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        return f"{where}no room left on the disk ({error}). Make room, then run dvc repro again"
+    # torch says so in a RuntimeError: OutOfMemoryError on an accelerator, DefaultCPUAllocator on the CPU
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+    ):
+        dials = ("micro_batch_tokens", "batch_size", "max_new_tokens")
+        dial = next((name for name in dials if name in params_class.__annotations__), None)
+        remedy = f"lower {stage}.{dial} in params.yaml" if dial else "close other programs"
+        if dial == "micro_batch_tokens":
+            remedy += " (halve it: it changes no result but rounding)"
+        first_line = str(error).strip().partition("\n")[0]
+        return f"out of memory: {remedy}, or choose a smaller model or a machine with more. {first_line}"
+    return None
+
+
+def run_record(seconds: float, facts: dict[str, Any]) -> dict[str, Any]:
+    """Seconds, throughput, peak memory, machine, versions and Git revision of this process's run."""
+    record: dict[str, Any] = {"seconds": seconds, "peak_memory_mb": peak_memory_mb()}
+    if "tokens" in facts:
+        record["tokens_per_second"] = facts["tokens"] / seconds
+    record |= facts
+    record["machine"] = f"{_cpu_name()}, {os.cpu_count()} cores"
+    record["git_revision"] = _git_revision()
+    record["versions"] = {"python": platform.python_version()}
+    record["versions"] |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    return record
+
+
+def peak_memory_mb() -> float:
+    """Largest resident set of this process so far, in MB (10^6 bytes).
+
+    Not getrusage's figure where Linux offers a better one: that one begins with the peak of the process that
+    started this one, so a small stage would report DVC's memory.
+    """
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes, on macOS
+
+
+def _first_line_of(main: Callable) -> str:
+    return (sys.modules[main.__module__].__doc__ or "").strip().splitlines()[0]
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_revision() -> str:
+    """The checked-out commit, with '+' where tracked files differ from it; 'unknown' outside Git."""
+    try:
+        command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,168 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.lib.data.chat import (
+    ChatError,
+    apply_chat_template,
+    closed_by_eos,
+    generation_header_ids,
+    special_token_pattern,
+    text_ids,
+    to_implicit_prompt_preferences,
+    tokenize_row,
+    truncate,
+)
+
+PAIR = {"prompt": "Hi?", "chosen": "Hey!", "rejected": "Good day."}
+SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+PROMPT = SYSTEM + "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_implicit_prompt_preferences():
+    assert to_implicit_prompt_preferences(PAIR | {"topic": "x"}) == {
+        "chosen": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hey!"}],
+        "rejected": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Good day."}],
+    }
+
+
+def test_rendering_worked_by_hand(tokenizer):
+    rendered = apply_chat_template(to_implicit_prompt_preferences(PAIR), tokenizer)
+    assert rendered == {"prompt": PROMPT, "chosen": "Hey!<|im_end|>\n", "rejected": "Good day.<|im_end|>\n"}
+
+
+def test_prompt_and_chosen_are_the_rendered_conversation(tokenizer):
+    example = to_implicit_prompt_preferences(PAIR)
+    rendered = apply_chat_template(example, tokenizer)
+    for side in ("chosen", "rejected"):
+        whole = tokenizer.apply_chat_template(example[side], tokenize=False)
+        assert rendered["prompt"] + rendered[side] == whole
+
+
+def test_an_explicit_prompt_and_several_turns(tokenizer):
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hey"},
+        {"role": "user", "content": "How are you?"},
+    ]
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("Fine!", "I am an AI."))
+    explicit = {"prompt": turns, "chosen": chosen, "rejected": rejected}
+    implicit = {"chosen": turns + chosen, "rejected": turns + rejected}
+    assert apply_chat_template(explicit, tokenizer) == apply_chat_template(implicit, tokenizer)
+    assert apply_chat_template(explicit, tokenizer)["prompt"].startswith("<|im_start|>system\nBe brief.<|im_end|>")
+
+
+def test_equals_trl(tokenizer):
+    from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
+
+    example = to_implicit_prompt_preferences(PAIR)
+    theirs = maybe_apply_chat_template(maybe_extract_prompt(example), tokenizer)
+    assert apply_chat_template(example, tokenizer) == theirs
+
+
+def test_a_template_with_another_beginning_names_the_row(tokenizer, monkeypatch):
+    # puts the number of messages first, so the conversation does not start with the prompt
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }}{{ messages[0]['content'] }}")
+    with pytest.raises(ChatError, match="row 17: the chat template does not render"):
+        apply_chat_template(to_implicit_prompt_preferences(PAIR) | {"row": 17}, tokenizer)
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no users here') }}")
+    with pytest.raises(ChatError, match="example: .*no users here"):
+        apply_chat_template(to_implicit_prompt_preferences(PAIR), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        {"chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]},
+        to_implicit_prompt_preferences(PAIR | {"rejected": "Hey!"}),
+    ],
+)
+def test_without_a_shared_prompt_or_a_difference(tokenizer, example):
+    with pytest.raises(ChatError, match="must share a prompt and then differ"):
+        apply_chat_template(example, tokenizer)
+
+
+def test_truncation_sides_worked_by_hand(tokenizer):
+    rendered = apply_chat_template(to_implicit_prompt_preferences(PAIR), tokenizer)
+    whole = tokenize_row(rendered, tokenizer, None, None)
+    assert tokenizer.decode(whole["prompt_input_ids"]) == PROMPT
+    cut = tokenize_row(rendered, tokenizer, max_prompt_length=5, max_completion_length=2)
+    assert cut["prompt_input_ids"] == whole["prompt_input_ids"][-5:]
+    assert cut["chosen_input_ids"] == whole["chosen_input_ids"][:2]
+    assert cut["rejected_input_ids"] == whole["rejected_input_ids"][:2]
+    header = generation_header_ids(tokenizer)
+    assert tokenizer.decode(header) == "<|im_start|>assistant\n"
+    assert cut["prompt_input_ids"][-len(header) :] == header or len(header) > 5
+    with pytest.raises(ValueError, match="max_prompt_length"):
+        tokenize_row(rendered, tokenizer, max_prompt_length=0)
+
+
+def test_no_special_token_is_added_or_doubled(tokenizer):
+    # a tokenizer that puts its BOS before every text, as Llama's does
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    adding = copy.deepcopy(tokenizer)
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    assert adding("a")["input_ids"][0] == tokenizer.bos_token_id
+    rendered = apply_chat_template(to_implicit_prompt_preferences(PAIR), adding)
+    ids = tokenize_row(rendered, adding)
+    assert ids == tokenize_row(rendered, tokenizer)
+    assert ids["prompt_input_ids"].count(tokenizer.bos_token_id) == 3  # system, user, assistant
+    assert ids["chosen_input_ids"].count(tokenizer.eos_token_id) == 1
+
+
+def test_max_length_cuts_the_completion_never_the_prompt():
+    ids = {"prompt_input_ids": [1, 2, 3, 4], "a": [5, 6, 7], "b": [8]}
+    assert truncate(ids, 3, None, 5) == {"prompt_input_ids": [2, 3, 4], "a": [5, 6], "b": [8]}
+    assert truncate(ids, 9, None, 10) == ids
+    assert truncate(ids, 3, 1, 5) == {"prompt_input_ids": [2, 3, 4], "a": [5], "b": [8]}
+    assert truncate(ids, None, None, None) == ids
+    with pytest.raises(ValueError, match="no room"):
+        truncate(ids, 3, None, 3)
+
+
+@given(
+    prompt=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    completion=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    max_prompt=st.integers(1, 10),
+    max_completion=st.none() | st.integers(1, 10),
+    extra=st.integers(1, 10),
+)
+def test_truncation_properties(prompt, completion, max_prompt, max_completion, extra):
+    max_length = max_prompt + extra
+    cut = truncate({"prompt_input_ids": prompt, "c": completion}, max_prompt, max_completion, max_length)
+    kept_prompt, kept = cut["prompt_input_ids"], cut["c"]
+    assert prompt[len(prompt) - len(kept_prompt) :] == kept_prompt and len(kept_prompt) == min(
+        len(prompt), max_prompt
+    )
+    assert completion[: len(kept)] == kept and kept
+    assert len(kept_prompt) + len(kept) <= max_length
+    if len(kept) < len(completion):  # not a token less than the limits allow
+        assert len(kept) == max_completion or len(kept_prompt) + len(kept) == max_length
+
+
+def test_closed_by_eos_worked_by_hand():
+    assert closed_by_eos([1, 7], [5, 6, 2, 198], eos_token_id=2) == [1, 7, 5, 6, 2]
+    assert closed_by_eos([1, 7], [5, 6, 9], eos_token_id=2) == [1, 7, 5, 6, 2]  # cut: the last id gives way
+    assert closed_by_eos([1, 2], [5], eos_token_id=2) == [1, 2, 2]
+
+
+def test_special_token_pattern_finds_added_tokens_too(tokenizer):
+    pattern = special_token_pattern(tokenizer)
+    for text in ("a<|im_end|>", "<|im_start|>system\n", "x <|endoftext|> y"):
+        assert pattern.search(text)
+        assert set(text_ids(text, tokenizer)) & {0, 1, 2}
+    for text in ("im_end", "<|im_end|", "<| im_end |>", "|>", ""):
+        assert not pattern.search(text)
+        assert not set(text_ids(text, tokenizer)) & {0, 1, 2}
+
+
+@given(text=st.text() | st.text("<|im_endsart>|", max_size=30))
+def test_what_the_pattern_lets_pass_holds_no_special_id(tokenizer, text):
+    has_special = bool(set(text_ids(text, tokenizer)) & {0, 1, 2})
+    assert bool(special_token_pattern(tokenizer).search(text)) == has_special

@@ -1,0 +1,155 @@
+"""Decoding against transformers' own generate, and the promise that batch mates do not matter."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from stages.lib.model.generate import generate, in_precision, sample_token
+from stages.lib.model.loading import freeze
+from tests.conftest import ShapesMade
+
+CPU = torch.device("cpu")
+PROMPTS = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65, 66], [1, 70, 71], [1, 80, 81, 82, 83]]
+
+
+def run(model, tokenizer, prompts=PROMPTS, new=12, **options):
+    return generate(model, tokenizer, prompts, new, CPU, "fp32", **options)
+
+
+@pytest.fixture
+def lively_model(tiny_model):
+    """The tiny model with larger weights, so that its choices are not near ties."""
+    with torch.no_grad():
+        for parameter in tiny_model.parameters():
+            parameter.mul_(4)
+    return tiny_model
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+@pytest.mark.parametrize("beginning", [[], [9, 8, 7]])
+def test_greedy_is_transformers_greedy_whatever_the_batch(lively_model, tokenizer, batch_size, beginning):
+    expected = []
+    prompts = [beginning + prompt for prompt in PROMPTS]
+    for prompt in prompts:
+        output = lively_model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=12,
+            do_sample=False,
+            suppress_tokens=[tokenizer.pad_token_id],
+        )
+        expected.append(output[0, len(prompt) :].tolist())
+    assert run(lively_model, tokenizer, prompts, batch_size=batch_size) == expected
+
+
+def test_what_all_prompts_begin_with_is_read_once(lively_model, tokenizer):
+    read = []
+    lively_model.register_forward_pre_hook(
+        lambda module, args, options: read.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    run(lively_model, tokenizer, [[*range(20, 40), 1, 2, 3], [*range(20, 40), 4, 5, 6, 7]], new=2)
+    assert read == [20, 2 * 4, 2]
+
+
+def test_the_output_weights_are_not_copied_for_each_row(tiny_model, tokenizer):
+    """Frozen weights and the slice `hidden[:, -1:]`: torch would multiply row by row, with as many copies."""
+    with ShapesMade() as shapes:
+        run(freeze(tiny_model), tokenizer, new=2)
+    assert max(shape.numel() for shape in shapes) == tiny_model.lm_head.weight.numel()
+
+
+def test_a_batch_shrinks_by_whole_blocks_of_rows(lively_model, tokenizer):
+    rows = []
+    lively_model.register_forward_pre_hook(
+        lambda module, args, options: rows.append(len(options["input_ids"])), with_kwargs=True
+    )
+    answers = run(lively_model, tokenizer, [[1, 40 + i] for i in range(9)], new=[8, 1, 2, 3, 4, 5, 6, 7, 8])
+    assert [len(answer) for answer in answers] == [8, 1, 2, 3, 4, 5, 6, 7, 8]
+    # 9 8 7 6 5 4 3 2 rows are left to answer, after the prefix
+    assert rows == [1, 9, 8, 8, 8, 8, 4, 4, 4]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_samples_do_not_depend_on_batch_mates(lively_model, tokenizer, top_p):
+    options = {"temperature": 1.5, "top_p": top_p, "seed": 3}
+    alone = run(lively_model, tokenizer, batch_size=1, **options)
+    together = run(lively_model, tokenizer, batch_size=16, **options)
+    assert alone == together
+    assert run(lively_model, tokenizer, **(options | {"seed": 4})) != alone
+
+
+def test_eos_ends_an_answer_and_is_part_of_it(lively_model, tokenizer):
+    """EOS made likely: answers end at different steps, each in exactly one EOS, the others go on."""
+    bias = torch.zeros(512)
+    bias[tokenizer.eos_token_id] = 4.0
+    lively_model.lm_head.register_forward_hook(lambda module, args, logits: logits + bias)
+    answers = run(lively_model, tokenizer, prompts=PROMPTS * 8, new=40, temperature=3.0)
+    ended = [answer for answer in answers if answer[-1] == tokenizer.eos_token_id]
+    assert len({len(answer) for answer in ended}) > 3
+    for answer in answers:
+        assert tokenizer.eos_token_id not in answer[:-1]
+        assert len(answer) == 40 or answer[-1] == tokenizer.eos_token_id
+
+
+def test_the_pad_token_is_never_generated(lively_model, tokenizer):
+    bias = torch.zeros(512)
+    bias[tokenizer.pad_token_id] = 100.0
+    lively_model.lm_head.register_forward_hook(lambda module, args, logits: logits + bias)
+    for options in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}):
+        assert all(tokenizer.pad_token_id not in answer for answer in run(lively_model, tokenizer, **options))
+
+
+def test_each_prompt_may_have_its_own_budget(lively_model, tokenizer):
+    full = run(lively_model, tokenizer, new=12)
+    budgets = [1, 12, 5, 3, 7]
+    cut = run(lively_model, tokenizer, new=budgets)
+    assert cut == [answer[:budget] for answer, budget in zip(full, budgets, strict=True)]
+
+
+def test_the_model_given_is_left_as_it_was(tiny_model, tokenizer):
+    tiny_model.train()
+    before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
+    generate(tiny_model, tokenizer, PROMPTS, 4, CPU, "bf16")
+    assert tiny_model.training
+    for name, value in tiny_model.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, before[name])
+    copied = in_precision(tiny_model, "bf16")
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight  # still tied
+    assert in_precision(tiny_model, "fp32") is tiny_model
+
+
+def test_sample_token_follows_the_distribution():
+    """Shares of 20,000 draws lie within five standard errors of the softmax."""
+    logits = torch.tensor([1.0, -torch.inf, 0.0, 2.0, -1.0])
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    tokens = sample_token(logits.expand(20_000, 5), uniform, temperature=2.0, top_p=1.0)
+    expected = F.softmax(logits / 2.0, dim=-1)
+    shares = torch.bincount(tokens, minlength=5) / 20_000
+    assert (shares - expected).abs().max() < 5 * 0.5 / 20_000**0.5
+    assert shares[1] == 0
+
+
+def test_nucleus_worked_example():
+    # sorted 0.5, 0.3, 0.15, 0.05; top_p 0.7 keeps the first two, in shares 0.625 and 0.375
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log().expand(4, 4)
+    uniform = torch.tensor([0.0, 0.62, 0.63, 0.9999999])
+    assert sample_token(logits, uniform, 1.0, 0.7).tolist() == [1, 1, 3, 3]
+
+
+def test_a_flat_distribution_widens_the_search_for_the_nucleus():
+    uniform = torch.tensor([0.0, 0.5, 0.999999])
+    tokens = sample_token(torch.zeros(3, 5000), uniform, 1.0, 0.9)
+    assert len(set(tokens.tolist())) == 3
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"prompts": [[1], []]}, {"new": 0}, {"new": [1]}, {"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.0}],
+)
+def test_bad_arguments_are_refused(tiny_model, tokenizer, bad):
+    with pytest.raises(ValueError):
+        run(tiny_model, tokenizer, **bad)
+
+
+def test_no_prompts_no_answers(tiny_model, tokenizer):
+    assert run(tiny_model, tokenizer, prompts=[]) == []

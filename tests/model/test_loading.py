@@ -1,0 +1,129 @@
+"""Seeds, dropout, device, precision, and what the loaders refuse."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from stages.lib.model.loading import (
+    autocast,
+    disable_dropout_in_model,
+    freeze,
+    load_causal_lm,
+    load_tokenizer,
+    pick_device,
+    pick_precision,
+    save_model,
+    set_seed,
+)
+from stages.lib.run.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def draw():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_set_seed_covers_python_numpy_and_torch():
+    set_seed(7)
+    first = draw()
+    set_seed(7)
+    assert draw() == first
+    set_seed(8)
+    assert all(a != b for a, b in zip(draw(), first, strict=True))
+
+
+def test_the_default_seed_is_the_notebooks():
+    set_seed()
+    first = draw()
+    set_seed(42)
+    assert draw() == first
+
+
+def test_disable_dropout_reaches_every_layer():
+    model = torch.nn.Sequential(
+        torch.nn.Dropout(0.5), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.1))
+    )
+    disable_dropout_in_model(model)
+    x = torch.randn(64, 4)
+    assert torch.equal(model.train()(x), model.eval()(x))
+
+
+def test_device_is_the_environments(monkeypatch):
+    monkeypatch.setenv("DEVICE", "cpu")
+    assert pick_device() == CPU
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99"])
+def test_an_unusable_device_is_named(monkeypatch, name):
+    monkeypatch.setenv("DEVICE", name)
+    with pytest.raises(UserError, match=f"DEVICE={name}"):
+        pick_device()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "fp32"), ({}, "fp32")],
+)
+def test_auto_precision_on_a_cpu_follows_its_instructions(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert pick_precision("auto", CPU) == expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_auto_precision_on_cuda_follows_the_generation(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert pick_precision("auto", torch.device("cuda")) == expected
+
+
+def test_a_precision_set_by_hand_stays():
+    assert [pick_precision(name, CPU) for name in ("bf16", "fp16", "fp32")] == ["bf16", "fp16", "fp32"]
+
+
+def test_autocast_really_multiplies_in_the_precision_asked_for():
+    layer = torch.nn.Linear(4, 4)
+    with autocast(CPU, "bf16"):
+        assert layer(torch.ones(1, 4)).dtype == torch.bfloat16
+    with autocast(CPU, "fp32"):
+        assert layer(torch.ones(1, 4)).dtype == torch.float32
+
+
+def test_a_saved_model_is_one_safetensors_file_without_pickle(tiny_model, tokenizer, tmp_path):
+    save_model(tiny_model, tokenizer, tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".index.json"))]
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert len(file.metadata()) == 1  # several keys are written in a random order
+    again = load_causal_lm(tmp_path)
+    for name, tensor in tiny_model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+
+
+def test_freeze_leaves_nothing_to_train(tiny_model):
+    assert not any(p.requires_grad for p in freeze(tiny_model.train()).parameters())
+    assert not tiny_model.training
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chat_template": None}, "no chat template"),
+        ({"eos_token": None}, "no EOS token"),
+        ({"pad_token": "<|im_end|>"}, "pad token must exist and differ"),
+        ({"pad_token": None}, "pad token must exist and differ"),
+    ],
+)
+def test_tokenizers_that_would_train_wrongly_are_refused(tokenizer, tmp_path, change, message):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    for name, value in change.items():
+        setattr(loaded, name, value)
+    if "chat_template" in change:
+        (tmp_path / "chat_template.jinja").unlink()
+    loaded.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,179 @@
+"""Padding, collating, packing and grouping."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.lib.model.packing import (
+    consecutive_groups,
+    group_by_tokens,
+    micro_batches_of_process,
+    pack,
+    pad,
+    pad_collate_fn,
+    shared_prefix_length,
+)
+
+
+def test_pad_right_and_left():
+    rows = [torch.tensor([1, 2, 3]), torch.tensor([4])]
+    assert pad(rows, 9).tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert pad(rows, 9, "left").tolist() == [[1, 2, 3], [9, 9, 4]]
+
+
+def test_pad_pads_the_leading_dimension_only_and_keeps_the_dtype():
+    padded = pad([torch.ones(2, 3, dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)])
+    assert padded.shape == (2, 2, 3) and padded.dtype == torch.float64
+    assert padded[1].tolist() == [[1, 1, 1], [0, 0, 0]]
+
+
+def test_pad_accepts_an_empty_row():
+    assert pad([torch.tensor([], dtype=torch.int64), torch.tensor([5])], 7).tolist() == [[7], [5]]
+
+
+@pytest.mark.parametrize("side", ["center", "", "LEFT"])
+def test_pad_refuses_an_unknown_side(side):
+    with pytest.raises(ValueError, match="padding_side"):
+        pad([torch.tensor([1])], padding_side=side)
+
+
+def test_pad_refuses_nothing():
+    with pytest.raises(ValueError, match="empty"):
+        pad([])
+
+
+def test_collate_pads_prompts_left_and_completions_right():
+    batch = [
+        {"prompt_input_ids": [1, 2], "chosen_input_ids": [3], "rejected_input_ids": [4, 5, 6]},
+        {"prompt_input_ids": [7], "chosen_input_ids": [8, 9], "rejected_input_ids": [2]},
+    ]
+    out = pad_collate_fn(batch, pad_token_id=0)
+    assert out["prompt_input_ids"].tolist() == [[1, 2], [0, 7]]
+    assert out["prompt_attn_mask"].tolist() == [[1, 1], [0, 1]]
+    assert out["chosen_input_ids"].tolist() == [[3, 0], [8, 9]]
+    assert out["chosen_attn_mask"].tolist() == [[1, 0], [1, 1]]
+    assert out["rejected_input_ids"].tolist() == [[4, 5, 6], [2, 0, 0]]
+    assert out["rejected_attn_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert len(out) == 6
+
+
+def test_a_real_token_that_equals_the_pad_id_keeps_its_mask():
+    batch = [{"prompt_input_ids": [2, 2], "chosen_input_ids": [2], "rejected_input_ids": [2, 2, 2]}]
+    out = pad_collate_fn(batch, pad_token_id=2)
+    assert out["prompt_attn_mask"].tolist() == [[1, 1]]
+    assert out["rejected_attn_mask"].tolist() == [[1, 1, 1]]
+
+
+def test_pack_worked_example():
+    packed = pack([[10, 11], [20]], [[12], [21, 22]])
+    assert packed.input_ids.tolist() == [[10, 11, 12, 20, 21, 22]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1, 2]]
+    assert packed.sequence_lengths == [3, 3]
+    # 12 is predicted at 11 (position 1), 21 at 20 (position 3), 22 at 21 (position 4)
+    assert packed.completion_index.tolist() == [1, 3, 4]
+    assert packed.labels.tolist() == [12, 21, 22]
+    assert packed.label_sequence.tolist() == [0, 1, 1]
+
+
+def test_pack_shares_equal_prompts_worked_example():
+    packed = pack([[10, 11], [20], [10, 11]], [[12], [21, 22], [13, 14]], share_prefixes=True)
+    assert packed.input_ids.tolist() == [[10, 11, 12, 20, 21, 22, 13, 14]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 2, 3]]
+    assert packed.sequence_lengths == [2, 1, 3, 2]
+    assert packed.contexts == [None, 0, None, 0]
+    # 13 is predicted at the shared 11 (position 1), 14 at 13 (position 6)
+    assert packed.completion_index.tolist() == [1, 3, 4, 1, 6]
+    assert packed.last_index.tolist() == [2, 5, 7]
+    assert packed.labels.tolist() == [12, 21, 22, 13, 14]
+    assert packed.label_sequence.tolist() == [0, 1, 1, 2, 2]
+    assert packed.num_completions == 3
+
+
+def test_pack_shares_the_beginning_of_all_prompts_worked_example():
+    packed = pack([[1, 2, 10], [1, 2, 20, 21], [1, 2, 10]], [[11], [22, 23], [12, 13]], share_prefixes=True)
+    # [1 2] | [10] [11] | [20 21 22 23] | [12 13]
+    assert packed.input_ids.tolist() == [[1, 2, 10, 11, 20, 21, 22, 23, 12, 13]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 5, 3, 4]]
+    assert packed.sequence_lengths == [2, 1, 1, 4, 2]
+    assert packed.contexts == [None, 0, 1, 0, 1]
+    assert packed.completion_index.tolist() == [2, 5, 6, 2, 8]
+    assert packed.last_index.tolist() == [3, 7, 9]
+    assert packed.labels.tolist() == [11, 22, 23, 12, 13]
+
+
+@pytest.mark.parametrize(
+    ("texts", "length"),
+    [
+        ([], 0),
+        ([[1, 2, 3]], 0),
+        ([[1, 2, 3], [1, 2, 4]], 2),
+        ([[1, 2, 3], [1, 2]], 1),  # each keeps a token of its own: the one that predicts its completion
+        ([[1], [1, 2]], 0),
+        ([[3, 1], [2, 1], [3, 2]], 0),
+    ],
+)
+def test_what_texts_begin_with(texts, length):
+    assert shared_prefix_length(texts) == length
+
+
+token_lists = st.lists(st.integers(0, 2), min_size=1, max_size=6)
+
+
+@given(st.lists(st.tuples(token_lists, token_lists), min_size=1, max_size=8), st.booleans())
+def test_a_packed_text_reads_back_through_its_contexts(texts, share_prefixes):
+    prompts, completions = map(list, zip(*texts, strict=True))
+    packed = pack(prompts, completions, share_prefixes)
+    ids, positions = packed.input_ids[0].tolist(), packed.position_ids[0].tolist()
+    starts = [sum(packed.sequence_lengths[:i]) for i in range(len(packed.sequence_lengths))]
+
+    def text_up_to(place: int) -> list[int]:
+        number = max(i for i, start in enumerate(starts) if start <= place)
+        context = packed.contexts[number]
+        before = [] if context is None else text_up_to(starts[context] + packed.sequence_lengths[context] - 1)
+        text = before + ids[starts[number] : place + 1]
+        assert positions[place] == len(text) - 1
+        return text
+
+    assert [text_up_to(place) for place in packed.last_index.tolist()] == [p + c for p, c in texts]
+    seen = [text_up_to(place) for place in packed.completion_index.tolist()]
+    assert seen == [p + c[:i] for p, c in texts for i in range(len(c))]
+    if share_prefixes:
+        assert len(ids) <= sum(len(p) + len(c) for p, c in texts)
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [([], [1]), ([1], [])])
+def test_pack_refuses_an_empty_side(prompt, completion):
+    with pytest.raises(ValueError, match="sequence 1"):
+        pack([[5], prompt], [[5], completion])
+
+
+lengths_and_budget = (
+    st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    st.integers(1, 120),
+)
+
+
+@given(*lengths_and_budget)
+def test_consecutive_groups_keep_the_order_and_the_budget(lengths, budget):
+    groups = consecutive_groups(lengths, budget)
+    assert [i for group in groups for i in group] == list(range(len(lengths)))
+    assert all(len(group) == 1 or sum(lengths[i] for i in group) <= budget for group in groups)
+    for group, following in zip(groups, groups[1:], strict=False):  # none could have been longer
+        assert sum(lengths[i] for i in [*group, following[0]]) > budget
+
+
+@given(*lengths_and_budget)
+def test_groups_hold_every_item_once_within_the_budget(lengths, budget):
+    groups = group_by_tokens(lengths, budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(len(group) == 1 or sum(lengths[i] for i in group) <= budget for group in groups)
+
+
+@given(*lengths_and_budget, st.integers(1, 5))
+def test_processes_share_the_batch_exactly_and_run_the_same_number_of_micro_batches(lengths, budget, processes):
+    shares = [micro_batches_of_process(lengths, budget, rank, processes) for rank in range(processes)]
+    counted = [i for share in shares for group, weight in share if weight == 1.0 for i in group]
+    assert sorted(counted) == list(range(len(lengths)))
+    assert len({len(share) for share in shares}) == 1
+    assert all(weight in (0.0, 1.0) and group for share in shares for group, weight in share)

@@ -1,0 +1,74 @@
+"""Hostile texts in the gallery, against a Markdown parser of its own (markdown-it, GitHub dialect)."""
+
+import re
+
+import pytest
+from markdown_it import MarkdownIt
+
+from stages.lib.report.gallery import side_by_side
+from stages.lib.report.untrusted_text import escape_markdown
+
+HOSTILE = [
+    "a | b || c",
+    "first line\nsecond line\r\n\r\nlast",
+    "<script>alert(1)</script><img src=x onerror=alert(1)>",
+    "**bold** _it_ ~~gone~~ `code` $x^2$ \\| \\",
+    "[click](javascript:alert(1)) ![x](http://evil.example/x.png)",
+    "http://evil.example www.evil.example @someone #1 :smile: a@b.example",
+    "# heading\n- list\n1. one\n> quote\n---\n| a | b |\n|---|---|",
+    "&lt;b&gt; &#42; &amp;",
+    "`` ` `` ``` \n```\ncode",
+    "| greedy |",
+    "",
+    "\u202eevil\x00\x1b[31m",
+]
+
+
+def sample(text):
+    models = ("base", "dpo", "ppo")
+    return {
+        "prompt": text,
+        "prompt_id": None,
+        "answers": {model: {"greedy": text, "sampled": text} for model in models},
+        "ended": {model: {"greedy": True, "sampled": False} for model in models},
+    }
+
+
+def parser():
+    # raw HTML off: our own <br> then shows as text and can be told from anything else
+    return MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+
+
+def text_of(tokens):
+    """The text a reader sees, and the kinds of all inline tokens."""
+    kinds, text = set(), ""
+    for token in tokens:
+        for child in token.children or []:
+            kinds.add(child.type)
+            text += child.content
+    return text, kinds
+
+
+def visible(text):
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\n", "<br>")
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", "\ufffd", text).strip()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_is_shown_as_written(text):
+    tokens = parser().parse(side_by_side([sample(text), sample("plain")]))
+    assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1", "h2", "h2"]
+    assert sum(token.type == "table_open" for token in tokens) == 2
+    assert sum(token.type == "td_open" for token in tokens) == 2 * 2 * 4
+    allowed = {"heading", "paragraph", "table", "thead", "tbody", "tr", "th", "td"}
+    assert {token.type.rsplit("_", 1)[0] for token in tokens if token.type != "inline"} <= allowed
+
+    seen, kinds = text_of(parser().parseInline("x " + escape_markdown(text) + " x"))
+    assert kinds <= {"text", "text_special"}
+    assert re.sub(r"\s+", " ", seen) == re.sub(r"\s+", " ", f"x {visible(text)} x")
+
+
+def test_an_answer_cut_at_the_limit_is_marked_and_an_empty_one_said():
+    text = side_by_side([sample("")])
+    assert text.count("*(nothing)*") == 6
+    assert text.count("[…]") == 1 + 3  # the legend and the three sampled answers

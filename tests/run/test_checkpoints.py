@@ -1,0 +1,445 @@
+"""Killed with kill -9 at any moment and run again, a training stage ends in the same bytes as one left alone.
+
+Each life of a stage is a forked process, so that a life costs no imports and dies as a killed process does.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from stages import reference_logps, train_dpo, train_ppo, train_reward
+from stages.lib.data.chat import apply_chat_template, to_implicit_prompt_preferences, tokenize_row
+from stages.lib.model.loading import save_model, set_seed
+from stages.lib.model.reward import new_reward_model
+from stages.lib.run import artefacts, checkpoints
+from stages.lib.run.artefacts import write_parquet
+from stages.lib.run.checkpoints import Checkpoints, Stopped, key_of
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base
+
+BASE = Base(seed=42, precision="fp32")
+DPO = train_dpo.Params(
+    loss="sigmoid",
+    beta=0.1,
+    label_smoothing=0.0,
+    sft_coef=0.0,
+    learning_rate=1.0e-3,
+    schedule="linear",
+    warmup_steps=2,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    epochs=2,
+    batch_size=4,
+    eval_steps=2,
+    micro_batch_tokens=500,
+)
+REWARD = train_reward.Params(learning_rate=1e-2, epochs=2, batch_size=4, logging_steps=2, micro_batch_tokens=512)
+PPO = train_ppo.Params(
+    policy="base",
+    episodes=20,
+    batch_size=4,
+    num_mini_batches=2,
+    num_ppo_epochs=2,
+    learning_rate=1e-3,
+    value_learning_rate=1e-3,
+    response_length=8,
+    temperature=0.7,
+    kl_coef=0.05,
+    kl_target=1.0,
+    target_kl=None,
+    missing_eos_penalty=1.0,
+    score_norm_episodes=4,
+    value_warmup_updates=1,
+    whiten_advantages=True,
+    gamma=1.0,
+    lam=0.95,
+    cliprange=0.2,
+    cliprange_value=0.2,
+    vf_coef=0.1,
+    max_grad_norm=1.0,
+    max_kl=50.0,
+    min_entropy=0.0,
+    eval_prompts=3,
+    eval_every=2,
+    micro_batch_tokens=512,
+)
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    monkeypatch.setenv("DEVICE", "cpu")
+    monkeypatch.setenv("CHECKPOINT_MINUTES", "0")
+    monkeypatch.setattr(train_reward, "CHUNK", 3)
+    warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
+
+
+@pytest.fixture
+def project(tiny_base, tokenizer, embedded_pairs) -> Path:
+    """A root with a tiny base, 12 training and 4 held-out pairs in both shapes, and reference log-probs."""
+    for split, rows in (("train", embedded_pairs[:12]), ("heldout", embedded_pairs[12:16])):
+        ids = [
+            tokenize_row(apply_chat_template(to_implicit_prompt_preferences(row), tokenizer), tokenizer)
+            for row in rows
+        ]
+        shared = {"row": list(range(1, len(rows) + 1)), "prompt_id": list(range(len(rows)))}
+        pairs = {name: pa.array([row[name] for row in ids], pa.list_(pa.int32())) for name in ids[0]}
+        write_parquet(tiny_base / f"data/tokenized/pairs_{split}.parquet", shared | pairs)
+        whole = {
+            f"{side}_ids": [row["prompt_input_ids"] + row[f"{side}_input_ids"] for row in ids]
+            for side in ("chosen", "rejected")
+        }
+        write_parquet(tiny_base / f"data/tokenized/reward_{split}.parquet", shared | whole)
+        prompts = {"prompt": [row["prompt"] for row in rows], "input_ids": pairs["prompt_input_ids"]}
+        prompts = {"prompt_id": shared["prompt_id"]} | prompts
+        write_parquet(tiny_base / f"data/tokenized/prompts_{split}.parquet", prompts)
+    reference_logps.main(BASE, reference_logps.Params(micro_batch_tokens=2000), tiny_base)
+    set_seed(1)
+    reward_model = new_reward_model(tiny_base / "models/base", tokenizer.pad_token_id)
+    save_model(reward_model, tokenizer, tiny_base / "models/reward")
+    return tiny_base
+
+
+STAGES = {
+    "train_dpo": (train_dpo.main, DPO, "models/dpo"),
+    "train_reward": (train_reward.main, REWARD, "models/reward"),
+    "train_ppo": (train_ppo.main, PPO, "models/ppo"),  # 5 updates over 12 prompts: three passes over them
+}
+
+
+def life(stage: str, root: Path, sabotage=None) -> fork.Process:
+    """The stage in a process of its own, begun; `sabotage()` runs in it first."""
+
+    def live():
+        if sabotage:
+            sabotage()
+        main, params, _ = STAGES[stage]
+        main(BASE, params, root)
+        os._exit(0)
+
+    process = fork.Process(target=live, daemon=True)
+    process.start()
+    return process
+
+
+def outputs(stage: str, root: Path) -> dict[str, str]:
+    """SHA-256 of every file the stage writes."""
+    folders = [root / STAGES[stage][2], root / "reports" / stage]
+    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
+    assert any(file.suffix == ".safetensors" for file in files) and any(
+        file.name == "history.csv" for file in files
+    )
+    return {file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def run_to_the_end(stage: str, root: Path) -> dict[str, str]:
+    process = life(stage, root)
+    process.join()
+    assert process.exitcode == 0
+    assert not list((root / "checkpoints").rglob("*.pt")), "a finished run cleans up"
+    return outputs(stage, root)
+
+
+def forget_outputs(stage: str, root: Path) -> None:
+    """What DVC does before it runs a stage."""
+    shutil.rmtree(root / STAGES[stage][2], ignore_errors=True)
+    shutil.rmtree(root / "reports" / stage, ignore_errors=True)
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying(module, name: str, when, before: bool = True):
+    """Makes `module.name` take the process down just before (or after) the call for which `when(number, args)`."""
+
+    def sabotage():
+        function, calls = getattr(module, name), 0
+
+        def wrapped(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            fatal = when(calls, args)
+            if fatal and before:
+                die()
+            result = function(*args, **kwargs)
+            if fatal:
+                die()
+            return result
+
+        setattr(module, name, wrapped)
+
+    return sabotage
+
+
+def dying_in_mid_save():
+    save = torch.save
+
+    def half(state, path):
+        save(state, path)
+        os.truncate(path, path.stat().st_size // 2)
+        die()
+
+    torch.save = half
+
+
+def goes_to(folder: str):
+    return lambda _, args: Path(args[1]).parent.parent.name == folder
+
+
+MOMENTS = {
+    "before the first save": dying(torch, "save", lambda call, _: call == 1),
+    "in the middle of a save": dying_in_mid_save,
+    "a save complete, not yet renamed": dying(os, "replace", lambda call, _: call == 3),
+    "a save just renamed": dying(os, "replace", lambda call, _: call == 4, before=False),
+    "a model half moved in": dying(os, "replace", goes_to("models"), before=False),
+    "outputs written, checkpoint not yet removed": dying(
+        shutil, "rmtree", lambda _, args: "checkpoints" in Path(args[0]).parts
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_every_delicate_moment_it_ends_in_the_same_bytes(project, stage):
+    expected = run_to_the_end(stage, project)
+    forget_outputs(stage, project)
+    for (
+        moment,
+        sabotage,
+    ) in MOMENTS.items():  # one after the other: each life goes on from the last one's checkpoint
+        process = life(stage, project, sabotage)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, moment
+        forget_outputs(stage, project)
+    assert run_to_the_end(stage, project) == expected
+
+
+def kill_at_random(stage: str, project: Path, kills: int, seed: int) -> int:
+    """Kills lives of the stage at random times and compares those that end; how many began from a checkpoint."""
+    began = time.monotonic()
+    expected = run_to_the_end(stage, project)
+    span = time.monotonic() - began
+    forget_outputs(stage, project)
+    moments, killed, resumed = random.Random(seed), 0, 0
+    while killed < kills:
+        found = bool(list(project.glob("checkpoints/*/*/checkpoint.pt")))
+        process = life(stage, project)
+        process.join(moments.uniform(0, 0.9 * span))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            assert outputs(stage, project) == expected
+        else:
+            killed += 1
+        resumed += found
+        forget_outputs(stage, project)
+    assert run_to_the_end(stage, project) == expected
+    return resumed
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(project, stage):
+    assert kill_at_random(stage, project, kills=5, seed=1) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_many_random_moments_it_ends_in_the_same_bytes(project, stage):
+    assert kill_at_random(stage, project, kills=50, seed=2) > 10
+
+
+def test_sigterm_saves_and_ends_and_the_next_run_goes_on(project, monkeypatch, capsys):
+    expected = run_to_the_end("train_dpo", project)
+    forget_outputs("train_dpo", project)
+    monkeypatch.setenv("CHECKPOINT_MINUTES", "60")
+    step = checkpoints.Checkpoints.save_if_due
+
+    def third_step(self, **values):
+        if len(values["history"]) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self, **values)
+
+    monkeypatch.setattr(Checkpoints, "save_if_due", third_step)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped by SIGTERM; `dvc repro` goes on from .*checkpoint.pt"):
+        train_dpo.main(BASE, DPO, project)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (project / "models/dpo").exists()
+    monkeypatch.setattr(Checkpoints, "save_if_due", step)
+    train_dpo.main(BASE, DPO, project)
+    assert "train_dpo: goes on from" in capsys.readouterr().out
+    assert outputs("train_dpo", project) == expected
+
+
+class Box:
+    """The smallest thing with a state."""
+
+    def __init__(self, value: int = 0):
+        self.value = value
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+def saved_once(root: Path, base=BASE, params=DPO) -> Path:
+    """A checkpoint of an interrupted run."""
+    with pytest.raises(KeyboardInterrupt), Checkpoints("train_dpo", root, base, params) as stage:
+        stage.load(box=Box())
+        stage.save_if_due(step=1)
+        raise KeyboardInterrupt
+    assert stage.path.exists()
+    return stage.path
+
+
+def test_a_checkpoint_of_other_params_is_never_picked_up(project):
+    path = saved_once(project)
+    for base, params in ((replace(BASE, seed=1), DPO), (BASE, replace(DPO, beta=0.2))):
+        with Checkpoints("train_dpo", project, base, params) as stage:
+            assert stage.load(box=Box()) == {}
+    assert path.exists(), "another run's checkpoint is left alone"
+    with Checkpoints("train_dpo", project, BASE, DPO) as stage:
+        assert stage.load(box=Box()) == {"step": 1}
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "dep",
+    ["data/tokenized/pairs_train.parquet", "data/reference_logps/fingerprint.json", "models/base/config.json"],
+)
+def test_a_checkpoint_of_other_deps_is_never_picked_up(project, dep):
+    before = key_of("train_dpo", project, BASE, DPO)
+    with open(project / dep, "ab") as file:
+        file.write(b" ")
+    assert key_of("train_dpo", project, BASE, DPO) != before
+
+
+def test_a_checkpoint_of_other_code_is_never_picked_up(project, tmp_path_factory, monkeypatch):
+    before = key_of("train_dpo", project, BASE, DPO)
+    copy = tmp_path_factory.mktemp("project")
+    shutil.copy(checkpoints.PROJECT / "dvc.yaml", copy)
+    shutil.copytree(checkpoints.PROJECT / "stages", copy / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(checkpoints, "PROJECT", copy)
+    assert key_of("train_dpo", project, BASE, DPO) == before
+    with open(copy / "stages/lib/rl/dpo.py", "a") as file:
+        file.write("# another loss\n")
+    assert key_of("train_dpo", project, BASE, DPO) != before
+
+
+def test_every_random_generator_goes_on_where_it_was(project):
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    with pytest.raises(KeyboardInterrupt), Checkpoints("train_dpo", project, BASE, DPO) as stage:
+        stage.load()
+        draw()
+        stage.save_if_due()
+        expected = draw()
+        raise KeyboardInterrupt
+    draw()
+    with Checkpoints("train_dpo", project, BASE, DPO) as stage:
+        stage.load()
+        assert draw() == expected
+
+
+def test_saves_come_as_often_as_the_environment_says(project, monkeypatch):
+    monkeypatch.setenv("CHECKPOINT_MINUTES", "10")
+    now = 0.0
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now)
+    with Checkpoints("train_dpo", project, BASE, DPO) as stage:
+        stage.load(box=Box(3))
+        stage.save_if_due(step=1)
+        assert not stage.path.exists()
+        now = 600.0
+        stage.save_if_due(step=2)
+        saved_at = stage.path.stat().st_mtime_ns
+        now = 1100.0
+        stage.save_if_due(step=3)
+        assert stage.path.stat().st_mtime_ns == saved_at
+    monkeypatch.setenv("CHECKPOINT_MINUTES", "often")
+    with pytest.raises(UserError, match="CHECKPOINT_MINUTES=often: must be a number of minutes"):
+        Checkpoints("train_dpo", project, BASE, DPO)
+
+
+def test_a_damaged_checkpoint_is_named(project):
+    path = saved_once(project)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="checkpoint.pt: cannot be read .* delete it to start afresh"):
+        Checkpoints("train_dpo", project, BASE, DPO).load(box=Box())
+
+
+def test_a_checkpoint_that_carries_code_is_refused(project):
+    path = saved_once(project)
+    torch.save({"values": Box()}, path)  # a pickled object of a class of ours: could be anyone's code
+    with pytest.raises(UserError, match="cannot be read"):
+        Checkpoints("train_dpo", project, BASE, DPO).load(box=Box())
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(project, monkeypatch, capsys):
+    path = saved_once(project)
+    before = path.read_bytes()
+    monkeypatch.setattr(artefacts.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(KeyboardInterrupt), Checkpoints("train_dpo", project, BASE, DPO) as stage:
+        stage.load(box=Box())
+        stage.save_if_due(step=2, weights=torch.zeros(500_000))
+        raise KeyboardInterrupt
+    message = capsys.readouterr().err
+    assert (
+        "goes on without a new checkpoint" in message
+        and "checkpoint.pt: no room to write it: it needs 2.0 MB" in message
+    )
+    assert path.read_bytes() == before
+
+
+def test_only_the_main_process_saves_and_all_load(project, monkeypatch):
+    saved_once(project)
+    monkeypatch.setenv("RANK", "1")
+    with Checkpoints("train_dpo", project, BASE, DPO) as stage:
+        assert stage.load(box=Box()) == {"step": 1}
+        saved_at = stage.path.stat().st_mtime_ns
+        stage.save_if_due(step=2)
+    assert stage.path.stat().st_mtime_ns == saved_at, "neither written nor removed"
+
+
+def test_a_sharded_run_neither_saves_nor_loads(project):
+    # the main process holds only its part of the weights: its checkpoint would be a part, too
+    path = saved_once(project)
+    written = path.stat().st_mtime_ns
+    stage = Checkpoints("train_dpo", project, BASE, DPO, sharded=True)
+    assert stage.load(box=Box()) == {}
+    stage.save_if_due(step=2)
+    assert path.stat().st_mtime_ns == written
+    with stage, pytest.raises(UserError, match="stopped by SIGTERM without a checkpoint"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        stage.save_if_due(step=3)
+
+
+def test_signals_are_left_alone_outside_the_main_thread(project):
+    failures = []
+
+    def work():
+        try:
+            with Checkpoints("train_dpo", project, BASE, DPO):
+                pass
+        except ValueError as error:  # signal only works in main thread
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failures

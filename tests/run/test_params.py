@@ -1,0 +1,93 @@
+"""A params.yaml section as a dataclass: whatever is wrong is named."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Base, load_params, read_params, require
+
+
+@dataclass(frozen=True)
+class Params:
+    rate: float
+    steps: int
+    limit: int | None
+    kind: Literal["a", "b"]
+    flags: dict[str, bool]
+
+    def __post_init__(self):
+        require(self.rate > 0, "rate must be positive")
+
+
+GOOD = "rate: 5.0e-7\n  steps: 3\n  limit: null\n  kind: a\n  flags: {x: true}"
+
+
+def write(root, section):
+    (root / "params.yaml").write_text(f"train:\n  {section}\n")
+    return root
+
+
+def test_a_good_section(tmp_path):
+    assert load_params("train", Params, write(tmp_path, GOOD)) == Params(5e-7, 3, None, "a", {"x": True})
+
+
+def test_exponents_without_a_dot_are_numbers_as_in_dvc(tmp_path):
+    assert load_params("train", Params, write(tmp_path, GOOD.replace("5.0e-7", "5e-7"))).rate == 5e-7
+
+
+def test_a_whole_number_serves_as_a_float(tmp_path):
+    rate = load_params("train", Params, write(tmp_path, GOOD.replace("5.0e-7", "1"))).rate
+    assert rate == 1.0 and isinstance(rate, float)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps: 3", "stepz: 3", "'train.steps' is missing"),
+        ("steps: 3", "steps: 3\n  stepz: 4", "'train.stepz' is unknown; known keys: rate, steps"),
+        ("steps: 3", "steps: 3.5", "'train.steps' must be int, not 3.5"),
+        ("steps: 3", "steps: true", "'train.steps' must be int, not True"),
+        ("steps: 3", "steps: '3'", "'train.steps' must be int, not '3'"),
+        ("steps: 3", "steps: null", "'train.steps' must be int, not None"),
+        ("limit: null", "limit: none", "'train.limit' must be int or null, not 'none'"),
+        ("kind: a", "kind: c", "'train.kind' must be 'a' or 'b', not 'c'"),
+        ("rate: 5.0e-7", "rate: .nan", "'train.rate' must be float"),
+        ("rate: 5.0e-7", "rate: .inf", "'train.rate' must be float"),
+        ("rate: 5.0e-7", "rate: 1" + "0" * 400, "'train.rate' must be float"),
+        ("rate: 5.0e-7", "rate: 0.0", "train: rate must be positive"),
+        ("{x: true}", "{x: 1}", "'train.flags.x' must be bool, not 1"),
+        ("{x: true}", "[true]", "'train.flags' must be dict"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, old, new, message):
+    assert old in GOOD
+    with pytest.raises(UserError, match=r"params\.yaml") as error:
+        load_params("train", Params, write(tmp_path, GOOD.replace(old, new)))
+    assert message in str(error.value)
+
+
+def test_a_missing_section_is_named(tmp_path):
+    with pytest.raises(UserError, match="section 'base' is missing"):
+        load_params("base", Base, write(tmp_path, GOOD))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [1", "not valid YAML"), ("- 1", "expected sections, found list"), ("", "found NoneType")],
+)
+def test_a_file_that_is_no_mapping(tmp_path, text, message):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_params(tmp_path)
+
+
+def test_duplicate_keys_are_refused(tmp_path):
+    with pytest.raises(UserError, match="duplicate key"):
+        load_params("train", Params, write(tmp_path, GOOD + "\n  steps: 4"))
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(UserError, match="run stages from the root"):
+        read_params(tmp_path)
