@@ -23,11 +23,11 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from stages.lib.hub.upload.upload import Account, connect, publish_collection, publish_repository
 
 from stages.lib.hub.card_facts import read_answers, read_example, read_hashes, read_runs
 from stages.lib.hub.cards import LANGUAGE, LICENSES, PICTURES, SUFFIXES, Facts, Kind, render_card, render_run
 from stages.lib.hub.folder import replaced_folder, size_of, take, take_model
+from stages.lib.hub.upload import Account, connect, publish_collection, publish_repository
 from stages.lib.report.files import ReportFiles
 from stages.lib.run.artefacts import sha256_of_file, write_json
 from stages.lib.run.errors import UserError
