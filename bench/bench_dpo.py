@@ -19,7 +19,6 @@ Writes  bench/results/dpo_<device>.json, bench/results/dpo_<device>_growth.png
 """
 
 import argparse
-import dataclasses
 import gzip
 import json
 import statistics
@@ -164,7 +163,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             "batch_size": options.batch_size,
             "max_length": MAX_LENGTH,
             "reference_micro_batch_tokens": options.reference_micro_batch_tokens,
-            "train_dpo": dataclasses.asdict(params),
+            "train_dpo": params.model_dump(),
         }
         limits = [matmul_limit(shapes, 2048, DTYPES[precision], device)]
         for number in range(options.rounds):

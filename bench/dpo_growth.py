@@ -3,7 +3,6 @@
 A model of SmolLM2's shape with few layers, random weights and random tokens; every point in a fresh process.
 """
 
-import dataclasses
 import math
 import tempfile
 from pathlib import Path
@@ -59,7 +58,7 @@ def measure_point(device: str, sizes: dict[str, int], batch_size: int, length: i
             "num_pairs": len(pairs),
             "stages": ["reference_logps", "train_dpo"],
             "reference_micro_batch_tokens": MICRO_BATCH_TOKENS,
-            "train_dpo": dataclasses.asdict(params),
+            "train_dpo": params.model_dump(),
         }
         run = in_fresh_process("bench.dpo_ours", spec)
         weights = sum(file.stat().st_size for file in Path(folder).glob("models/base/*.safetensors"))

@@ -62,7 +62,9 @@ def measure_reference(spec: dict[str, Any], base: Base, root: Path, device: torc
 
     reference_logps.completion_logps = timed
     watch = watch_precision(reference_logps)
-    reference_logps.main(base, reference_logps.Params(spec["reference_micro_batch_tokens"]), root)
+    reference_logps.main(
+        base, reference_logps.Params(micro_batch_tokens=spec["reference_micro_batch_tokens"]), root
+    )
     return {"reference_seconds": seconds[1], "precision": watch.seen(), "peak_memory_mb": peak_mb(device)}
 
 
@@ -101,7 +103,7 @@ def measure_training(spec: dict[str, Any], base: Base, root: Path, device: torch
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Runs the stages in `spec["stages"]` one after another, as bench_dpo and dpo_growth ask for them."""
     os.environ |= {"DEVICE": spec["device"], "CHECKPOINT_MINUTES": "600"}
-    base, root, device = Base(spec["seed"], spec["precision"]), Path(spec["root"]), pick_device()
+    base, root, device = Base(seed=spec["seed"], precision=spec["precision"]), Path(spec["root"]), pick_device()
     stages = {"reference_logps": measure_reference, "train_dpo": measure_training}
     result: dict[str, Any] = {}
     for stage in spec["stages"]:

@@ -15,10 +15,10 @@ Writes  reports/analyze_logps/logps.parquet         model, group, row, prompt_id
 Run     dvc repro analyze_logps                     (untracked: python -m stages.analyze_logps)
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from pydantic import Field
 
 from stages.lib.analysis import rankings
 from stages.lib.analysis.answer import answer
@@ -37,7 +37,7 @@ from stages.lib.run.artefacts import (
     write_parquet,
 )
 from stages.lib.run.draws import draw
-from stages.lib.run.params import Base, require
+from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_stage
 
 REPORTS = Path("reports/analyze_logps")
@@ -51,21 +51,12 @@ MEASURED = (  # under reports/
 )
 
 
-@dataclass(frozen=True)
-class Params:
-    max_train_pairs: int | None  # training pairs drawn by seed; None: all
-    max_unseen_texts: int | None  # unseen texts drawn by seed; None: all
-    micro_batch_tokens: int  # memory dial: tokens per forward pass
-    bootstrap_samples: int  # resamples of prompts for each interval
-    confidence: float  # of every interval
-
-    def __post_init__(self):
-        for name in ("max_train_pairs", "max_unseen_texts"):
-            count = getattr(self, name)
-            require(count is None or count >= 1, f"{name} must be at least 1, or null for all")
-        require(self.micro_batch_tokens > 0, "micro_batch_tokens must be positive")
-        require(self.bootstrap_samples >= 1, "bootstrap_samples must be at least 1")
-        require(0 < self.confidence < 1, "confidence must lie between 0 and 1")
+class Params(Section):
+    max_train_pairs: int | None = Field(ge=1)  # training pairs drawn by seed; null: all
+    max_unseen_texts: int | None = Field(ge=1)  # unseen texts drawn by seed; null: all
+    micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward pass
+    bootstrap_samples: int = Field(ge=1)  # resamples of prompts for each interval
+    confidence: float = Field(gt=0, lt=1)  # of every interval
 
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict:

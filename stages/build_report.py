@@ -9,26 +9,28 @@ Writes  reports/index.html                       the report, self-contained
 Run     dvc repro build_report                   (untracked: python -m stages.build_report)
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from pydantic import Field, model_validator
 
 from stages.lib.report import numbers, sections
 from stages.lib.report.files import ReportFiles
 from stages.lib.report.page import Page, paragraphs, render, sections_of, strong
 from stages.lib.run.artefacts import atomic_path
-from stages.lib.run.params import Base, read_params, require
+from stages.lib.run.params import Base, Section, read_params
 from stages.lib.run.stage import run_stage
 
 
-@dataclass(frozen=True)
-class Params:
+class Params(Section):
     title: str  # heading of the page
-    gallery_rows: int  # prompts shown in the sample gallery
+    gallery_rows: int = Field(ge=1)  # prompts shown in the sample gallery
 
-    def __post_init__(self) -> None:
-        require(bool(self.title.strip()), "title must not be empty")
-        require(self.gallery_rows >= 1, "gallery_rows must be at least 1")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.title.strip():
+            raise ValueError("title must not be empty")
+        return self
 
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:

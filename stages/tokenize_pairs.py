@@ -12,10 +12,10 @@ Run     dvc repro tokenize_pairs                          (untracked: python -m 
 """
 
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from stages.lib.data.chat import generation_header_ids, special_token_pattern, truncate
@@ -32,27 +32,25 @@ from stages.lib.data.token_tables import (
 )
 from stages.lib.model.loading import load_tokenizer
 from stages.lib.run.artefacts import read_parquet, round_floats, write_json, write_parquet
-from stages.lib.run.params import Base, read_params, require
+from stages.lib.run.params import Base, Section, read_params, require
 from stages.lib.run.stage import run_stage
 
 SOURCES = ("train", "heldout", "unseen")
 
 
-@dataclass(frozen=True)
-class Params:
-    max_prompt_length: int  # tokens; a longer prompt keeps its end
-    max_completion_length: int | None  # tokens; a longer completion keeps its beginning
+class Params(Section):
+    max_prompt_length: int = Field(ge=1)  # tokens; a longer prompt keeps its end
+    max_completion_length: int | None = Field(ge=1)  # tokens; a longer completion keeps its beginning
     max_length: int  # tokens of both; the completion loses its end
 
-    def __post_init__(self) -> None:
-        require(self.max_prompt_length >= 1, "max_prompt_length must be at least 1")
-        limit = self.max_completion_length
-        require(limit is None or limit >= 1, "max_completion_length must be at least 1, or null for no limit")
-        require(
-            self.max_length > self.max_prompt_length,
-            f"max_length ({self.max_length}) must be above max_prompt_length ({self.max_prompt_length}), "
-            "or no completion fits",
-        )
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_length <= self.max_prompt_length:
+            raise ValueError(
+                f"max_length ({self.max_length}) must be above max_prompt_length ({self.max_prompt_length}), "
+                "or no completion fits"
+            )
+        return self
 
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:

@@ -14,13 +14,13 @@ Run     dvc repro train_dpo                 (untracked: python -m stages.train_d
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from accelerate import Accelerator, DistributedType
+from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -42,35 +42,31 @@ from stages.lib.rl.dpo import dpo_losses, implicit_rewards, ipo_losses, sft_loss
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.checkpoints import Checkpoints
 from stages.lib.run.errors import UserError
-from stages.lib.run.params import Base, require
+from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_stage
 from stages.lib.run.tracking import tracked
 
 
-@dataclass(frozen=True)
-class Params:
+class Params(Section):
     loss: Literal["sigmoid", "ipo"]  # DPO, or IPO
-    beta: float  # implicit-reward temperature
-    label_smoothing: float  # cDPO: assumed share of flipped preferences
-    sft_coef: float  # weight of the SFT term on chosen completions
-    learning_rate: float  # peak, after warm-up
+    beta: float = Field(gt=0)  # implicit-reward temperature
+    label_smoothing: float = Field(ge=0, lt=0.5)  # cDPO: assumed share of flipped preferences
+    sft_coef: float = Field(ge=0)  # weight of the SFT term on chosen completions
+    learning_rate: float = Field(gt=0)  # peak, after warm-up
     schedule: Literal["constant", "linear", "cosine"]  # after warm-up
-    warmup_steps: int
-    weight_decay: float  # decoupled
-    max_grad_norm: float | None  # clipping, or none
-    epochs: int
-    batch_size: int  # pairs per optimizer step, over all processes
-    eval_steps: int  # held-out evaluation every so many steps; 0: only after the last
-    micro_batch_tokens: int  # memory dial: tokens per forward and backward pass
+    warmup_steps: int = Field(ge=0)
+    weight_decay: float = Field(ge=0)  # decoupled
+    max_grad_norm: float | None = Field(gt=0)  # clipping, or none
+    epochs: int = Field(gt=0)
+    batch_size: int = Field(gt=0)  # pairs per optimizer step, over all processes
+    eval_steps: int = Field(ge=0)  # held-out evaluation every so many steps; 0: only after the last
+    micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward and backward pass
 
-    def __post_init__(self):
-        for name in ("beta", "learning_rate", "epochs", "batch_size", "micro_batch_tokens"):
-            require(getattr(self, name) > 0, f"{name} must be positive")
-        for name in ("sft_coef", "warmup_steps", "weight_decay", "eval_steps"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative")
-        require(0 <= self.label_smoothing < 0.5, "label_smoothing must be at least 0 and below 0.5")
-        require(not (self.label_smoothing and self.loss == "ipo"), "label_smoothing belongs to the sigmoid loss")
-        require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm must be positive or null")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.label_smoothing and self.loss == "ipo":
+            raise ValueError("label_smoothing belongs to the sigmoid loss")
+        return self
 
 
 class Pairs:

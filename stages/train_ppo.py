@@ -13,12 +13,12 @@ Run     dvc repro train_ppo                    (untracked: python -m stages.trai
 
 import math
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from datasets import Dataset
+from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase, ProgressCallback
 
 from stages.lib.analysis.stats import mean_interval
@@ -38,62 +38,49 @@ from stages.lib.run.artefacts import read_parquet, round_floats, write_history, 
 from stages.lib.run.checkpoints import Checkpoints
 from stages.lib.run.draws import draw
 from stages.lib.run.errors import UserError
-from stages.lib.run.params import Base, require
+from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_stage
 
 BOOTSTRAP_SAMPLES = 10_000
 CONFIDENCE = 0.95
 
 
-@dataclass(frozen=True)
-class Params:
+class Params(Section):
     policy: Literal["base", "dpo"]  # where PPO starts, which is also its frozen reference
-    episodes: int  # prompts answered in training, repeats included
-    batch_size: int  # episodes per update
-    num_mini_batches: int  # optimizer steps per pass over an update's episodes
-    num_ppo_epochs: int  # passes over an update's episodes
-    learning_rate: float  # of the policy, decaying linearly to 0
-    value_learning_rate: float  # of the value model, likewise
-    response_length: int  # tokens, at most
-    temperature: float  # of sampling, in training and evaluation
-    kl_coef: float  # price of one nat of KL to the reference, per token
-    kl_target: float | None  # nats per answer that kl_coef is adapted to; or fixed
-    target_kl: float | None  # approxkl above which an update leaves the policy alone
-    missing_eos_penalty: float  # taken off the score of an answer that does not end
-    score_norm_episodes: int  # reference answers that set mean 0 and deviation 1 of the scores; 0: raw scores
-    value_warmup_updates: int  # first updates train the value model alone
+    episodes: int = Field(gt=0)  # prompts answered in training, repeats included
+    batch_size: int = Field(gt=0)  # episodes per update
+    num_mini_batches: int = Field(gt=0)  # optimizer steps per pass over an update's episodes
+    num_ppo_epochs: int = Field(gt=0)  # passes over an update's episodes
+    learning_rate: float = Field(gt=0)  # of the policy, decaying linearly to 0
+    value_learning_rate: float = Field(gt=0)  # of the value model, likewise
+    response_length: int = Field(gt=0)  # tokens, at most
+    temperature: float = Field(gt=0)  # of sampling, in training and evaluation
+    kl_coef: float = Field(ge=0)  # price of one nat of KL to the reference, per token
+    kl_target: float | None = Field(gt=0)  # nats per answer that kl_coef is adapted to; or fixed
+    target_kl: float | None = Field(gt=0)  # approxkl above which an update leaves the policy alone
+    missing_eos_penalty: float = Field(ge=0)  # taken off the score of an answer that does not end
+    score_norm_episodes: int = Field(ge=0)  # reference answers that set the scores' mean 0 and sd 1; 0: raw scores
+    value_warmup_updates: int = Field(ge=0)  # first updates train the value model alone
     whiten_advantages: bool  # to mean 0 and variance 1
-    gamma: float  # discount
-    lam: float  # of GAE
-    cliprange: float  # of the probability ratio
-    cliprange_value: float  # of the value
-    vf_coef: float  # weight of the value loss
-    max_grad_norm: float  # clipping, of policy and value model apart; 0: none
-    max_kl: float  # nats per answer above which the policy counts as collapsed, or is not kept
-    min_entropy: float  # nats per token below which the policy counts as collapsed
-    eval_prompts: int | None  # held-out prompts answered before and after; null: all
-    eval_every: int  # updates between looks at them in training, to keep the best policy; 0: keep the last
-    micro_batch_tokens: int  # memory dial: tokens per forward and backward pass
+    gamma: float = Field(gt=0, le=1)  # discount
+    lam: float = Field(gt=0, le=1)  # of GAE
+    cliprange: float = Field(gt=0)  # of the probability ratio
+    cliprange_value: float = Field(gt=0)  # of the value
+    vf_coef: float = Field(ge=0)  # weight of the value loss
+    max_grad_norm: float = Field(ge=0)  # clipping, of policy and value model apart; 0: none
+    max_kl: float = Field(gt=0)  # nats per answer above which the policy counts as collapsed, or is not kept
+    min_entropy: float = Field(ge=0)  # nats per token below which the policy counts as collapsed
+    eval_prompts: int | None = Field(gt=0)  # held-out prompts answered before and after; null: all
+    eval_every: int = Field(ge=0)  # updates between looks at them, to keep the best policy; 0: keep the last
+    micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward and backward pass
 
-    def __post_init__(self):
-        for name in (
-            *("episodes", "batch_size", "num_mini_batches", "num_ppo_epochs", "learning_rate", "temperature"),
-            *("value_learning_rate", "response_length", "cliprange", "cliprange_value", "max_kl"),
-            "micro_batch_tokens",
-        ):
-            require(getattr(self, name) > 0, f"{name} must be positive")
-        for name in (
-            *("kl_coef", "missing_eos_penalty", "score_norm_episodes", "value_warmup_updates", "vf_coef"),
-            *("max_grad_norm", "min_entropy", "eval_every"),
-        ):
-            require(getattr(self, name) >= 0, f"{name} must not be negative")
-        for name in ("kl_target", "target_kl", "eval_prompts"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} must be positive or null")
-        for name in ("gamma", "lam"):
-            require(0 < getattr(self, name) <= 1, f"{name} must be above 0 and at most 1")
-        require(self.batch_size % self.num_mini_batches == 0, "batch_size must be a multiple of num_mini_batches")
-        require(self.num_updates > self.value_warmup_updates, "value_warmup_updates leave no update to the policy")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.batch_size % self.num_mini_batches:
+            raise ValueError("batch_size must be a multiple of num_mini_batches")
+        if self.num_updates <= self.value_warmup_updates:
+            raise ValueError("value_warmup_updates leave no update to the policy")
+        return self
 
     @property
     def num_updates(self) -> int:

@@ -15,11 +15,11 @@ trainer sees those features, and fits the very head that an ordinary run over to
 
 import math
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
@@ -30,24 +30,19 @@ from stages.lib.model.loading import freeze, load_tokenizer, pick_device, pick_p
 from stages.lib.model.reward import new_reward_model, pooled_features
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.checkpoints import Checkpoints
-from stages.lib.run.params import Base, require
+from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_stage
 
 CHUNK = 128  # texts between two chances to save their features
 HISTORY = ["loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"]  # TRL 1.12's own names
 
 
-@dataclass(frozen=True)
-class Params:
-    learning_rate: float  # of the linear head, decaying linearly to 0
-    epochs: int
-    batch_size: int  # pairs per optimizer step
-    logging_steps: int  # optimizer steps between rows of the history
-    micro_batch_tokens: int  # memory dial: tokens per forward pass of the backbone
-
-    def __post_init__(self):
-        for name in ("learning_rate", "epochs", "batch_size", "logging_steps", "micro_batch_tokens"):
-            require(getattr(self, name) > 0, f"{name} must be positive")
+class Params(Section):
+    learning_rate: float = Field(gt=0)  # of the linear head, decaying linearly to 0
+    epochs: int = Field(gt=0)
+    batch_size: int = Field(gt=0)  # pairs per optimizer step
+    logging_steps: int = Field(gt=0)  # optimizer steps between rows of the history
+    micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward pass of the backbone
 
 
 class HeadOnFeatures(PreTrainedModel):

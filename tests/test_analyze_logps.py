@@ -7,6 +7,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pydantic import ValidationError
 
 import stages.analyze_logps as stage
 from stages.analyze_logps import Params, main
@@ -201,5 +202,5 @@ def test_log_probs_of_another_base_are_refused(prepared):
     ],
 )
 def test_bad_parameters_are_named(key, value):
-    with pytest.raises(UserError, match=key):
-        Params(**(vars(PARAMS) | {key: value}))
+    with pytest.raises(ValidationError, match=key):
+        PARAMS.replace(**{key: value})

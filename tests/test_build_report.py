@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from pydantic import ValidationError
 
 from stages.build_report import Params, main
 from stages.lib.analysis.stats import Interval
@@ -227,9 +228,9 @@ def test_estimates_without_an_interval_are_shown_bare(root):
 
 @pytest.mark.parametrize("title", ["", "  "])
 def test_empty_title_is_refused(title):
-    with pytest.raises(UserError, match="title"):
+    with pytest.raises(ValidationError, match="title"):
         Params(title=title, gallery_rows=1)
-    with pytest.raises(UserError, match="gallery_rows"):
+    with pytest.raises(ValidationError, match="gallery_rows"):
         Params(title="x", gallery_rows=0)
 
 

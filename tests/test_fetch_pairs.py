@@ -3,6 +3,7 @@ import json
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from stages.fetch_pairs import Params, main
 from stages.lib.data.pairs import normalise_prompt
@@ -131,7 +132,7 @@ def test_a_bad_unseen_file_is_refused_before_anything_is_written(tmp_path):
 
 @pytest.mark.parametrize("change", [{"max_pairs": 1}, {"holdout_fraction": 0.0}, {"holdout_fraction": 1.0}])
 def test_parameters_out_of_range(change):
-    with pytest.raises(UserError, match=next(iter(change))):
+    with pytest.raises(ValidationError, match=next(iter(change))):
         settings_of(**change)
 
 

@@ -1,7 +1,6 @@
 """The pipeline checks itself: names, deps, what reruns when, and a whole run through real DVC."""
 
 import ast
-import dataclasses
 import importlib
 import json
 import re
@@ -92,9 +91,9 @@ def test_the_base_keys_a_script_reads_are_its_params(stage):
     # base.seed listed and not read would rerun for nothing; read and not listed would not rerun
     source = "".join((REPO / name).read_text() for name in [f"stages/{stage}.py"])
     listed = {str(entry) for entry in PIPELINE["stages"][stage].get("params", [])}
-    for field in dataclasses.fields(Base):
-        read = re.search(rf"\bbase\.{field.name}\b", source) is not None
-        assert read == bool({f"base.{field.name}", "base"} & listed), field.name
+    for name in Base.model_fields:
+        read = re.search(rf"\bbase\.{name}\b", source) is not None
+        assert read == bool({f"base.{name}", "base"} & listed), name
 
 
 def test_every_section_of_params_belongs_to_a_stage():
@@ -254,7 +253,7 @@ def test_a_failed_stage_exits_non_zero_names_the_key_and_leaves_the_model(smoke_
     finally:
         (smoke_project / "params.yaml").write_text(before)
     assert result.returncode != 0
-    assert "params.yaml: train_dpo: beta must be positive" in result.stdout + result.stderr
+    assert "params.yaml: 'train_dpo.beta' must be float above 0, not 0" in result.stdout + result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     assert (smoke_project / "dvc.lock").read_text() == lock
     dvc(smoke_project, "repro")  # from the cache: the model is there as before

@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from stages.lib.run.artefacts import read_json, read_parquet, sha256_of_file, write_parquet
 from stages.lib.run.errors import UserError
@@ -75,7 +76,7 @@ def test_limits_hold_and_the_generation_header_survives(tiny_base, tokenizer, em
 
 def test_every_reward_row_ends_in_its_only_last_eos(tiny_base, tokenizer, embedded_pairs):
     train = [(row["prompt"], row["chosen"], row["rejected"]) for row in embedded_pairs[:30]]
-    main(BASE, Params(256, None, 300), pairs_in(tiny_base, train))
+    main(BASE, PARAMS.replace(max_length=300), pairs_in(tiny_base, train))
     for split in ("train", "heldout"):
         for side in ("chosen_ids", "rejected_ids"):
             for ids in read_all(tiny_base)[0][f"reward_{split}"][side]:
@@ -107,19 +108,19 @@ def test_same_input_same_bytes(tiny_base):
 @pytest.mark.parametrize(
     ("limits", "words"),
     [
-        ((256, None, 256), "max_length .256. must be above max_prompt_length .256."),
-        ((0, None, 10), "max_prompt_length"),
-        ((5, 0, 10), "max_completion_length"),
+        ({"max_length": 256}, "max_length .256. must be above max_prompt_length .256."),
+        ({"max_prompt_length": 0}, "max_prompt_length"),
+        ({"max_completion_length": 0}, "max_completion_length"),
     ],
 )
 def test_limits_out_of_range(limits, words):
-    with pytest.raises(UserError, match=words):
-        Params(*limits)
+    with pytest.raises(ValidationError, match=words):
+        PARAMS.replace(**limits)
 
 
 def test_a_prompt_limit_that_cuts_into_the_generation_header(tiny_base):
     with pytest.raises(UserError, match="max_prompt_length must hold"):
-        main(BASE, Params(2, None, 100), pairs_in(tiny_base, [("a", "b", "c")]))
+        main(BASE, PARAMS.replace(max_prompt_length=2, max_length=100), pairs_in(tiny_base, [("a", "b", "c")]))
 
 
 pieces = st.sampled_from(["<|im_end|>", "<|im_start|>", "\n", "\u202e", "\u2028", "\x8d", "👩‍👩‍👧", "1234", " "])

@@ -1,7 +1,6 @@
 """train_dpo: the same trajectory as TRL's DPOTrainer, the same history twice, the same with two processes."""
 
 import csv
-import dataclasses
 import json
 import math
 import os
@@ -14,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM
@@ -148,7 +148,7 @@ def test_step_0_gives_ln_2_in_fp32(project):
 
 def test_step_0_in_bf16_stays_within_its_bound(project):
     # policy and reference run the same kernels, but rounding depends on the shape of the micro-batch
-    base = dataclasses.replace(BASE, precision="bf16")
+    base = BASE.replace(precision="bf16")
     reference_logps.main(base, reference_logps.Params(micro_batch_tokens=2000), project)
     train_dpo.main(base, PARAMS, project)
     assert history_of(project)[0]["loss"] == pytest.approx(math.log(2), abs=0.03)
@@ -158,7 +158,7 @@ def test_the_same_seed_gives_the_same_files_and_another_seed_another_history(pro
     outputs = []
     for seed in (42, 42, 7):
         AcceleratorState._reset_state(reset_partial_state=True)
-        train_dpo.main(dataclasses.replace(BASE, seed=seed), PARAMS, project)
+        train_dpo.main(BASE.replace(seed=seed), PARAMS, project)
         files = ["models/dpo/model.safetensors", "reports/train_dpo/history.csv", "reports/train_dpo/heldout.csv"]
         outputs.append([(project / name).read_bytes() for name in files])
     assert outputs[0] == outputs[1]
@@ -169,7 +169,7 @@ def test_the_memory_dial_changes_no_result(project):
     histories, weights = [], []
     for micro_batch_tokens in (1, 400, 100_000):
         AcceleratorState._reset_state(reset_partial_state=True)
-        params = dataclasses.replace(PARAMS, micro_batch_tokens=micro_batch_tokens, learning_rate=5e-5)
+        params = PARAMS.replace(micro_batch_tokens=micro_batch_tokens, learning_rate=5e-5)
         train_dpo.main(BASE, params, project)
         histories.append(history_of(project))
         weights.append(load_file(project / "models/dpo/model.safetensors"))
@@ -183,7 +183,7 @@ def test_the_memory_dial_changes_no_result(project):
 
 
 def test_each_epoch_covers_every_pair_once_in_a_new_order():
-    params = dataclasses.replace(PARAMS, epochs=2, batch_size=4)
+    params = PARAMS.replace(epochs=2, batch_size=4)
     batches = list(train_dpo.batches_of(10, params, seed=1))
     assert [epoch for epoch, _ in batches] == pytest.approx([0.4, 0.8, 1.0, 1.4, 1.8, 2.0])
     first = [i for _, index in batches[:3] for i in index]
@@ -192,7 +192,7 @@ def test_each_epoch_covers_every_pair_once_in_a_new_order():
 
 
 def test_heldout_evaluations_come_every_eval_steps_and_at_the_end(project):
-    train_dpo.main(BASE, dataclasses.replace(PARAMS, eval_steps=7), project)
+    train_dpo.main(BASE, PARAMS.replace(eval_steps=7), project)
     with open(project / "reports/train_dpo/heldout.csv") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [0, 7, 14, 20]
 
@@ -202,7 +202,7 @@ def test_heldout_evaluations_come_every_eval_steps_and_at_the_end(project):
     [{"loss": "ipo"}, {"label_smoothing": 0.2}, {"sft_coef": 0.5}, {"schedule": "cosine", "warmup_steps": 3}],
 )
 def test_variants_train(project, changes):
-    train_dpo.main(BASE, dataclasses.replace(PARAMS, **changes), project)
+    train_dpo.main(BASE, PARAMS.replace(**changes), project)
     history = history_of(project)
     assert sum(row["loss"] for row in history[-5:]) < sum(row["loss"] for row in history[:5])
     if "warmup_steps" in changes:
@@ -213,7 +213,7 @@ def test_the_sft_term_holds_the_chosen_log_prob_up(project):
     final = {}
     for sft_coef in (0.0, 1.0):
         AcceleratorState._reset_state(reset_partial_state=True)
-        train_dpo.main(BASE, dataclasses.replace(PARAMS, sft_coef=sft_coef), project)
+        train_dpo.main(BASE, PARAMS.replace(sft_coef=sft_coef), project)
         final[sft_coef] = read_json(project / "reports/train_dpo/metrics.json")["heldout"]["logps/chosen"]
     assert final[1.0] > final[0.0]
 
@@ -223,7 +223,7 @@ def test_a_non_finite_loss_stops_with_step_and_rows_and_leaves_the_old_model(pro
     old.parent.mkdir(parents=True)
     old.write_text("the model of an earlier run")
     with pytest.raises(UserError, match=r"step \d+: the loss is (nan|inf); pairs of rows \[.*learning_rate"):
-        train_dpo.main(BASE, dataclasses.replace(PARAMS, learning_rate=1e8, max_grad_norm=None), project)
+        train_dpo.main(BASE, PARAMS.replace(learning_rate=1e8, max_grad_norm=None), project)
     assert old.read_text() == "the model of an earlier run"
     record = json.loads((project / "checkpoints/train_dpo/non_finite.json").read_text())
     assert record["step"] >= 2 and len(record["rows"]) == 4
@@ -249,20 +249,20 @@ def test_reference_log_probs_of_other_tokens_are_refused(project):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"beta": 0.0}, "beta must be positive"),
-        ({"learning_rate": -1e-5}, "learning_rate must be positive"),
-        ({"label_smoothing": 0.5}, "below 0.5"),
+        ({"beta": 0.0}, "beta"),
+        ({"learning_rate": -1e-5}, "learning_rate"),
+        ({"label_smoothing": 0.5}, "less than 0.5"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "sigmoid"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
     ],
 )
 def test_senseless_parameters_are_refused(changes, message):
-    with pytest.raises(UserError, match=message):
-        dataclasses.replace(PARAMS, **changes)
+    with pytest.raises(ValidationError, match=message):
+        PARAMS.replace(**changes)
 
 
 SCRIPT = """
-import dataclasses, sys
+import sys
 from pathlib import Path
 from accelerate import DistributedType, PartialState
 from stages import train_dpo
@@ -270,8 +270,8 @@ from tests.test_train_dpo import BASE, PARAMS
 root, precision, launcher = sys.argv[1:]
 if launcher == "fsdp":  # accelerate 1.15 shards on accelerators only; torch does on CPUs too
     PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
-base = dataclasses.replace(BASE, precision=precision)
-train_dpo.main(base, dataclasses.replace(PARAMS, learning_rate=5e-5), Path(root))
+base = BASE.replace(precision=precision)
+train_dpo.main(base, PARAMS.replace(learning_rate=5e-5), Path(root))
 """
 LAUNCHERS = {
     "ddp": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
@@ -294,7 +294,7 @@ def in_two_processes(project: Path, precision: str, launcher: str) -> list[dict[
 
 @pytest.mark.parametrize(("launcher", "bound"), [("ddp", 1e-5), ("fsdp", 5e-5)])
 def test_two_processes_train_as_one(project, launcher, bound):
-    train_dpo.main(BASE, dataclasses.replace(PARAMS, learning_rate=5e-5), project)
+    train_dpo.main(BASE, PARAMS.replace(learning_rate=5e-5), project)
     single = history_of(project)
     single_weights = load_file(project / "models/dpo/model.safetensors")
     double = in_two_processes(project, "fp32", launcher)
@@ -311,9 +311,9 @@ def test_two_processes_train_as_one(project, launcher, bound):
 
 def test_fsdp_in_bf16_rounds_products_and_nothing_else(project):
     # left to accelerate, FSDP2 would round weights and log-probs as well, or, without its policy, nothing at all
-    base = dataclasses.replace(BASE, precision="bf16")
+    base = BASE.replace(precision="bf16")
     reference_logps.main(base, reference_logps.Params(micro_batch_tokens=2000), project)
-    train_dpo.main(base, dataclasses.replace(PARAMS, learning_rate=5e-5), project)
+    train_dpo.main(base, PARAMS.replace(learning_rate=5e-5), project)
     single = history_of(project)
     exact = in_two_processes(project, "fp32", "ddp")
     sharded = in_two_processes(project, "bf16", "fsdp")

@@ -1,11 +1,11 @@
 """The stage end to end on the tiny model: what it writes, what it refuses, what it counts."""
 
-import dataclasses
 import json
 
 import pandas as pd
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.lib.model.loading import save_model, set_seed
@@ -120,7 +120,7 @@ def test_same_seed_same_reports(root):
 
 def test_a_learning_rate_of_nearly_nothing_gains_nothing(root):
     # before and after are answered with the same random numbers: an unchanged policy gives the same answers
-    main(BASE, dataclasses.replace(PARAMS, learning_rate=1e-12), root)
+    main(BASE, PARAMS.replace(learning_rate=1e-12), root)
     metrics = metrics_of(root)
     assert metrics["score_gain"] == pytest.approx(0, abs=1e-6) and metrics["kl"] == pytest.approx(0, abs=1e-4)
     assert metrics["before"] == metrics["after"]
@@ -131,7 +131,7 @@ def test_starts_from_the_dpo_model_and_prices_kl_to_it(root, tokenizer):
     with torch.no_grad():
         dpo.lm_head.weight.mul_(1.5)
     save_model(dpo, tokenizer, root / "models/dpo")
-    facts = main(BASE, dataclasses.replace(PARAMS, policy="dpo"), root)
+    facts = main(BASE, PARAMS.replace(policy="dpo"), root)
     history = pd.read_csv(root / "reports/train_ppo/history.csv")
     assert history["objective/kl"][0] == pytest.approx(0, abs=1e-5)
     assert not facts["shared_backbone"]  # tied weights: another output layer is another embedding
@@ -139,13 +139,13 @@ def test_starts_from_the_dpo_model_and_prices_kl_to_it(root, tokenizer):
 
 def test_a_collapse_before_anything_was_kept_is_an_error(root):
     with pytest.raises(UserError, match="collapsed before.*learning_rate"):
-        main(BASE, dataclasses.replace(PARAMS, min_entropy=50.0), root)
+        main(BASE, PARAMS.replace(min_entropy=50.0), root)
     assert not (root / "models/ppo").exists()
 
 
 def test_too_few_prompts_are_an_error(root):
     with pytest.raises(UserError, match="10 training prompts are fewer than train_ppo.batch_size=16"):
-        main(BASE, dataclasses.replace(PARAMS, batch_size=16, episodes=64), root)
+        main(BASE, PARAMS.replace(batch_size=16, episodes=64), root)
 
 
 def test_a_reward_model_without_its_head_is_an_error(root, tokenizer):
@@ -192,14 +192,14 @@ def test_committed_params_are_valid():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learning_rate": 0.0}, "learning_rate must be positive"),
-        ({"lam": 1.5}, "lam must be above 0"),
-        ({"target_kl": -1.0}, "target_kl must be positive or null"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"lam": 1.5}, "lam"),
+        ({"target_kl": -1.0}, "target_kl"),
         ({"num_mini_batches": 3}, "multiple of num_mini_batches"),
         ({"value_warmup_updates": 3}, "leave no update"),
-        ({"missing_eos_penalty": -1.0}, "must not be negative"),
+        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty"),
     ],
 )
 def test_bad_params_are_named(change, message):
-    with pytest.raises(UserError, match=message):
-        dataclasses.replace(PARAMS, **change)
+    with pytest.raises(ValidationError, match=message):
+        PARAMS.replace(**change)

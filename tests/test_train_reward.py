@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
 from stages.lib.model.loading import freeze, set_seed
 from stages.lib.model.reward import new_reward_model, score_sequences
 from stages.lib.run.artefacts import read_parquet, write_parquet
-from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, load_params
 from stages.train_reward import Params, heldout_figures, main
 from tests.conftest import REPO
@@ -87,14 +87,14 @@ def test_history_has_training_and_heldout_figures_of_every_logged_step(root):
 
 
 def test_a_run_shorter_than_the_logging_interval_has_a_history(root):
-    main(BASE, Params(1e-2, epochs=1, batch_size=16, logging_steps=25, micro_batch_tokens=512), root)
+    main(BASE, PARAMS.replace(epochs=1, batch_size=16, logging_steps=25), root)
     assert pd.read_csv(root / "reports/train_reward/history.csv")["step"].tolist() == [2]
 
 
 def test_same_seed_same_bytes_other_seed_other_head(root):
     weights, histories = [], []
     for seed in (1, 1, 2):
-        main(Base(seed, "fp32"), PARAMS, root)
+        main(Base(seed=seed, precision="fp32"), PARAMS, root)
         model = AutoModelForSequenceClassification.from_pretrained(root / "models/reward")
         weights.append(model.score.weight)
         histories.append((root / "reports/train_reward/history.csv").read_bytes())
@@ -156,5 +156,5 @@ def test_heldout_figures_by_hand():
 
 def test_committed_params_are_valid_and_bad_ones_are_named():
     load_params("train_reward", Params, REPO)
-    with pytest.raises(UserError, match="learning_rate must be positive"):
-        Params(0.0, 1, 1, 1, 1)
+    with pytest.raises(ValidationError, match="learning_rate"):
+        PARAMS.replace(learning_rate=0.0)

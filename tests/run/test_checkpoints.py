@@ -12,7 +12,6 @@ import signal
 import threading
 import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -309,7 +308,7 @@ def saved_once(root: Path, base=BASE, params=DPO) -> Path:
 
 def test_a_checkpoint_of_other_params_is_never_picked_up(project):
     path = saved_once(project)
-    for base, params in ((replace(BASE, seed=1), DPO), (BASE, replace(DPO, beta=0.2))):
+    for base, params in ((BASE.replace(seed=1), DPO), (BASE, DPO.replace(beta=0.2))):
         with Checkpoints("train_dpo", project, base, params) as stage:
             assert stage.load(box=Box()) == {}
     assert path.exists(), "another run's checkpoint is left alone"

@@ -1,27 +1,31 @@
 """A params.yaml section as a dataclass: whatever is wrong is named."""
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import pytest
+from pydantic import Field, ValidationError, model_validator
 
 from stages.lib.run.errors import UserError
-from stages.lib.run.params import Base, load_params, read_params, require
+from stages.lib.run.params import Base, Section, load_params, read_params
 
 
-@dataclass(frozen=True)
-class Params:
-    rate: float
+class Params(Section):
+    rate: float = Field(gt=0)
     steps: int
-    limit: int | None
+    limit: int | None = Field(ge=1, lt=9)
     kind: Literal["a", "b"]
+    name: str = Field(min_length=1)
     flags: dict[str, bool]
+    shares: list[float]
 
-    def __post_init__(self):
-        require(self.rate > 0, "rate must be positive")
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.steps > 100:
+            raise ValueError(f"steps ({self.steps}) leave no time")
+        return self
 
 
-GOOD = "rate: 5.0e-7\n  steps: 3\n  limit: null\n  kind: a\n  flags: {x: true}"
+GOOD = "rate: 5.0e-7\n  steps: 3\n  limit: null\n  kind: a\n  name: x\n  flags: {x: true}\n  shares: [0.5]"
 
 
 def write(root, section):
@@ -30,7 +34,9 @@ def write(root, section):
 
 
 def test_a_good_section(tmp_path):
-    assert load_params("train", Params, write(tmp_path, GOOD)) == Params(5e-7, 3, None, "a", {"x": True})
+    assert load_params("train", Params, write(tmp_path, GOOD)) == Params(
+        rate=5e-7, steps=3, limit=None, kind="a", name="x", flags={"x": True}, shares=[0.5]
+    )
 
 
 def test_exponents_without_a_dot_are_numbers_as_in_dvc(tmp_path):
@@ -51,12 +57,22 @@ def test_a_whole_number_serves_as_a_float(tmp_path):
         ("steps: 3", "steps: true", "'train.steps' must be int, not True"),
         ("steps: 3", "steps: '3'", "'train.steps' must be int, not '3'"),
         ("steps: 3", "steps: null", "'train.steps' must be int, not None"),
-        ("limit: null", "limit: none", "'train.limit' must be int or null, not 'none'"),
+        ("limit: null", "limit: none", "'train.limit' must be int of at least 1 and below 9 or null, not 'none'"),
         ("kind: a", "kind: c", "'train.kind' must be 'a' or 'b', not 'c'"),
         ("rate: 5.0e-7", "rate: .nan", "'train.rate' must be float"),
         ("rate: 5.0e-7", "rate: .inf", "'train.rate' must be float"),
         ("rate: 5.0e-7", "rate: 1" + "0" * 400, "'train.rate' must be float"),
-        ("rate: 5.0e-7", "rate: 0.0", "train: rate must be positive"),
+        ("rate: 5.0e-7", "rate: 0.0", "'train.rate' must be float above 0, not 0.0"),
+        ("rate: 5.0e-7", "rate: '5e-7'", "'train.rate' must be float above 0, not '5e-7'"),
+        ("rate: 5.0e-7", "rate: true", "'train.rate' must be float above 0, not True"),
+        ("limit: null", "limit: 9", "'train.limit' must be int of at least 1 and below 9 or null, not 9"),
+        ("steps: 3", "steps: 101", "train: steps (101) leave no time"),
+        ("steps: 3", "steps: 101\n  3: 4", "'train.3' is unknown; known keys: rate, steps"),
+        ("name: x", "name: ''", "'train.name' must be str of at least 1 character(s), not ''"),
+        ("name: x", 'name: "\\ud83d"', "'train.name' must be str of at least 1 character(s)"),
+        ("[0.5]", "[0.5, x]", "'train.shares[1]' must be float, not 'x'"),
+        ("[0.5]", "null", "'train.shares' must be list"),
+        ("{x: true}", "{3: true}", "'train.flags' must have texts as keys, not 3"),
         ("{x: true}", "{x: 1}", "'train.flags.x' must be bool, not 1"),
         ("{x: true}", "[true]", "'train.flags' must be dict"),
     ],
@@ -91,3 +107,14 @@ def test_duplicate_keys_are_refused(tmp_path):
 def test_no_file(tmp_path):
     with pytest.raises(UserError, match="run stages from the root"):
         read_params(tmp_path)
+
+
+def test_a_section_is_frozen_and_a_copy_of_it_is_checked(tmp_path):
+    params = load_params("train", Params, write(tmp_path, GOOD))
+    assert params.replace(steps=4).steps == 4 and params.steps == 3
+    with pytest.raises(ValidationError, match="rate"):
+        params.replace(rate=0.0)
+    with pytest.raises(ValidationError, match="stepz"):
+        params.replace(stepz=4)
+    with pytest.raises(ValidationError, match="frozen"):
+        params.steps = 4

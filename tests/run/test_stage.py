@@ -4,22 +4,20 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch  # noqa: F401 (evaluated below)
 
-from stages.lib.run.params import Base
+from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_record, shortage, take_fence
 from tests.conftest import REPO
 
 SCRIPT = '''"""Add two numbers."""
-from dataclasses import dataclass
 from stages.lib.run.errors import UserError
+from stages.lib.run.params import Section
 from stages.lib.run.stage import run_stage
 
-@dataclass(frozen=True)
-class Params:
+class Params(Section):
     number: int
 
 def main(base, params):
@@ -115,8 +113,7 @@ def test_throughput_is_tokens_over_seconds():
     ],
 )
 def test_shortage_is_one_line_that_says_what_to_do(raised, expected):
-    @dataclass
-    class Params:
+    class Params(Section):
         micro_batch_tokens: int
 
     message = shortage(eval(raised), "add", Params)

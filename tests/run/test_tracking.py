@@ -4,16 +4,15 @@ import builtins
 import sys
 import types
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import pytest
 
 from stages.lib.run.errors import UserError
+from stages.lib.run.params import Section
 from stages.lib.run.tracking import tracked
 
 
-@dataclass
-class Params:
+class Params(Section):
     beta: float = 0.5
 
 

@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +24,7 @@ from ruamel.yaml import YAML
 
 from stages.lib.run.artefacts import NoRoomError, atomic_path, require_room, sha256_of_file
 from stages.lib.run.errors import UserError
-from stages.lib.run.params import Base
+from stages.lib.run.params import Base, Section
 
 PROJECT = Path(__file__).resolve().parents[3]
 
@@ -60,7 +59,7 @@ class Checkpoints:
     under FSDP) nothing is saved or loaded, and a killed run starts afresh.
     """
 
-    def __init__(self, stage: str, root: Path, base: Base, params: Any, sharded: bool = False):
+    def __init__(self, stage: str, root: Path, base: Base, params: Section, sharded: bool = False):
         self.stage = stage
         self.minutes = _minutes()
         self.sharded = sharded
@@ -163,9 +162,9 @@ class Checkpoints:
             print(f"{self.stage}: {self.path.parent.parent} keeps {len(others)} unfinished run(s), {size:,.0f} MB")
 
 
-def key_of(stage: str, root: Path, base: Base, params: Any) -> str:
+def key_of(stage: str, root: Path, base: Base, params: Section) -> str:
     """A hash of the parameters and of the contents of every dep that dvc.yaml lists for the stage."""
-    values = {"base": asdict(base), stage: asdict(params)}
+    values = {"base": base.model_dump(), stage: params.model_dump()}
     pipeline = YAML(typ="safe", pure=True).load((PROJECT / "dvc.yaml").read_text(encoding="utf-8"))
     contents = {}
     for dep in pipeline["stages"][stage]["deps"]:

@@ -1,25 +1,46 @@
-"""A params.yaml section as a frozen dataclass: a missing, misspelt or ill-typed key fails by name."""
+"""A params.yaml section as a frozen pydantic model: a missing, misspelt or unfit key fails by name."""
 
-import dataclasses
-import sys
 import types
 import typing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML, YAMLError
 
 from stages.lib.run.errors import UserError
 
-T = TypeVar("T")
+
+class Section(BaseModel):
+    """Base of every stage's Params: fields are the section's keys, annotations their types, bounds beside them.
+
+        class Params(Section):
+            beta: float = Field(gt=0)  # implicit-reward temperature
+            limit: int | None = Field(ge=1)
+
+            @model_validator(mode="after")
+            def _check(self) -> Self:  # what concerns several keys: a ValueError that names them
+                ...
+
+    No value is converted but a whole number to a float; text is no number, True no integer, and nan and infinity
+    are refused. Built by hand, an unfit value raises pydantic's ValidationError; `load_params` words it for users.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def replace(self, **changes: Any) -> Self:
+        """A checked copy with other values."""
+        return type(self)(**self.model_dump() | changes)
 
 
-@dataclass(frozen=True)
-class Base:
+S = TypeVar("S", bound=Section)
+
+
+class Base(Section):
     """What every stage shares."""
 
-    seed: int
+    seed: int = Field(ge=0, lt=2**32)  # NumPy takes no other
     precision: Literal["auto", "bf16", "fp16", "fp32"]
 
 
@@ -41,58 +62,67 @@ def read_params(root: Path = Path(".")) -> dict[str, Any]:
     return values
 
 
-def load_params(section: str, cls: type[T], root: Path = Path(".")) -> T:
-    """One section of params.yaml as `cls`, whose fields are its keys and whose annotations their types.
+def load_params(section: str, cls: type[S], root: Path = Path(".")) -> S:
+    """One section of params.yaml as `cls`.
 
     Raises:
-        UserError: the section or a key is missing, unknown, of the wrong type or refused by `cls`.
+        UserError: the section or a key is missing, unknown, of the wrong type, out of bounds or refused by `cls`.
     """
     values = read_params(root).get(section)
     if not isinstance(values, dict):
         raise UserError(f"params.yaml: section '{section}' is missing; see the committed params.yaml")
-    hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    if missing := [name for name in names if name not in values]:
-        raise UserError(f"params.yaml: '{section}.{missing[0]}' is missing; see the committed params.yaml")
-    if unknown := [key for key in values if key not in names]:
-        raise UserError(f"params.yaml: '{section}.{unknown[0]}' is unknown; known keys: {', '.join(names)}")
-    typed = {name: _as_type(values[name], hints[name], f"{section}.{name}") for name in names}
     try:
-        return cls(**typed)
-    except UserError as error:
-        raise UserError(f"params.yaml: {section}: {error}") from None
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"params.yaml: {_in_words(section, cls, error)}") from None
 
 
 def require(condition: bool, message: str) -> None:
-    """For `__post_init__` of a Params class: `require(self.beta > 0, "beta must be positive")`."""
+    """Raises UserError(message) unless `condition` holds."""
     if not condition:
         raise UserError(message)
 
 
-def _as_type(value: Any, hint: Any, key: str) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        if typing.get_origin(option) is Literal and value in typing.get_args(option):
-            return value
-        if typing.get_origin(option) is dict and isinstance(value, dict):
-            value_type = typing.get_args(option)[1]
-            return {str(name): _as_type(item, value_type, f"{key}.{name}") for name, item in value.items()}
-        if typing.get_origin(option) is list and isinstance(value, list):
-            (item_type,) = typing.get_args(option)
-            return [_as_type(item, item_type, f"{key}[{i}]") for i, item in enumerate(value)]
-        if option is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # no inf, no nan
-            return float(value)  # YAML reads 1 as an int
-        if option in (int, bool, str) and type(value) is option:
-            return value
-        if option is type(None) and value is None:
-            return None
-    expected = " or ".join(_spell(option) for option in options)
-    raise UserError(f"params.yaml: '{key}' must be {expected}, not {value!r}")
+def _in_words(section: str, cls: type[Section], error: ValidationError) -> str:
+    """The first of pydantic's complaints, missing keys before unknown ones, in one line."""
+    order = {"missing": 0, "extra_forbidden": 1, "invalid_key": 1}
+    first = min(error.errors(include_url=False), key=lambda problem: order.get(problem["type"], 2))
+    place = first["loc"]
+    key = section + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    if first["type"] == "missing":
+        return f"'{key}' is missing; see the committed params.yaml"
+    if first["type"] in ("extra_forbidden", "invalid_key"):
+        return f"'{section}.{place[0]}' is unknown; known keys: {', '.join(cls.model_fields)}"
+    if not place:  # of a validator over several keys
+        return f"{section}: {first['ctx']['error']}"
+    field = cls.model_fields[place[0]]
+    hint = field.annotation
+    if place[-1] == "[key]":  # pydantic's way of pointing at a dict's own key
+        return f"'{section}.{place[0]}' must have texts as keys, not {first['input']!r}"
+    for _ in place[1:]:  # into a dict or a list
+        hint = typing.get_args(hint)[-1]
+    bounds = _spell_bounds(field.metadata) if len(place) == 1 else ""
+    return f"'{key}' must be {_spell(hint, bounds)}, not {first['input']!r}"
 
 
-def _spell(option: Any) -> str:
-    if option is type(None):
+def _spell(hint: Any, bounds: str = "") -> str:
+    """'int of at least 1 or null'."""
+    if hint is type(None):
         return "null"
-    if typing.get_origin(option) is Literal:
-        return " or ".join(repr(choice) for choice in typing.get_args(option))
-    return getattr(option, "__name__", str(option))
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(repr(choice) for choice in typing.get_args(hint))
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_spell(option, bounds) for option in typing.get_args(hint))
+    return getattr(hint, "__name__", str(hint)) + bounds
+
+
+def _spell_bounds(metadata: list[Any]) -> str:
+    """' above 0 and below 1'."""
+    words = {Gt: "above", Ge: "of at least", Lt: "below", Le: "of at most"}
+    found = []
+    for bound in metadata:
+        if isinstance(bound, MinLen):
+            found.append(f"of at least {bound.min_length} character(s)")
+        elif type(bound) in words:
+            found.append(f"{words[type(bound)]} {getattr(bound, type(bound).__name__.lower())}")
+    return " " + " and ".join(found) if found else ""

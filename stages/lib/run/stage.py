@@ -95,7 +95,7 @@ def shortage(error: Exception, stage: str, params_class: type) -> str | None:
         isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
     ):
         dials = ("micro_batch_tokens", "batch_size", "max_new_tokens")
-        dial = next((name for name in dials if name in params_class.__annotations__), None)
+        dial = next((name for name in dials if name in params_class.model_fields), None)
         remedy = f"lower {stage}.{dial} in params.yaml" if dial else "close other programs"
         if dial == "micro_batch_tokens":
             remedy += " (halve it: it changes no result but rounding)"

@@ -1,16 +1,15 @@
 """Weights & Biases, where the environment asks for it: a matter of where a run is watched, not of what it is."""
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from stages.lib.run.errors import UserError
+from stages.lib.run.params import Section
 
 
 @contextmanager
-def tracked(stage: str, params: Any) -> Iterator[Callable[[dict[str, float]], None]]:
+def tracked(stage: str, params: Section) -> Iterator[Callable[[dict[str, float]], None]]:
     """Yields a function that sends one history row to W&B, or does nothing unless $WANDB_PROJECT is set.
 
     Raises:
@@ -24,5 +23,5 @@ def tracked(stage: str, params: Any) -> Iterator[Callable[[dict[str, float]], No
         import wandb
     except ImportError:
         raise UserError("WANDB_PROJECT is set but wandb is missing: pip install wandb, or unset it") from None
-    with wandb.init(project=project, name=stage, config=dataclasses.asdict(params)) as run:
+    with wandb.init(project=project, name=stage, config=params.model_dump()) as run:
         yield lambda row: run.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
