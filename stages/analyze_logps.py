@@ -104,14 +104,14 @@ def collect_texts(
         pairs = pd.DataFrame(read_parquet(root / f"data/tokenized/pairs_{split}.parquet"))
         reference = pd.DataFrame(read_reference_logps(root, split))
         if split == "train":
-            pairs = pairs.iloc[draw(len(pairs), max_train_pairs, seed)]
+            pairs = pairs.iloc[draw(len(pairs), max_train_pairs, seed, "analysed_pairs")]
         pairs = pairs.merge(reference, on=["row", "prompt_id"], validate="one_to_one")
         for side in ("chosen", "rejected"):
             columns = {f"{side}_input_ids": "completion_ids", f"{side}_logps": "base_logp"}
             table = pairs.rename(columns={"prompt_input_ids": "prompt_ids", **columns})
             tables.append(table.assign(group=f"{split}_{side}"))
     unseen = pd.DataFrame(read_parquet(root / "data/tokenized/unseen.parquet"))
-    unseen = unseen.iloc[draw(len(unseen), max_unseen_texts, seed)]
+    unseen = unseen.iloc[draw(len(unseen), max_unseen_texts, seed, "analysed_texts")]
     unseen = unseen.rename(columns={"prompt_input_ids": "prompt_ids", "response_input_ids": "completion_ids"})
     texts = pd.concat([*tables, unseen.assign(group="unseen")], ignore_index=True)
     texts["tokens"] = texts["completion_ids"].map(len)

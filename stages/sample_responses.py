@@ -101,7 +101,7 @@ def choose_prompts(root: Path, tokenizer: PreTrainedTokenizerBase, count: int, s
     message = [{"role": "user", "content": FIRST_PROMPT}]
     rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     first = {"prompt": FIRST_PROMPT, "prompt_id": None, "input_ids": text_ids(rendered, tokenizer)}
-    return [first] + [heldout[i] for i in draw(len(heldout), count, seed)]
+    return [first] + [heldout[i] for i in draw(len(heldout), count, seed, "gallery_prompts")]
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def train_and_report(base: Base, params: Params, root: Path, checkpoints: Checkp
     precision = pick_precision(base.precision, device)
     train = read_parquet(root / "data/tokenized/prompts_train.parquet")
     heldout = read_parquet(root / "data/tokenized/prompts_heldout.parquet")
-    drawn = draw(len(heldout["prompt_id"]), params.eval_prompts, base.seed)
+    drawn = draw(len(heldout["prompt_id"]), params.eval_prompts, base.seed, "eval_prompts")
     heldout = {name: [values[i] for i in drawn] for name, values in heldout.items()}
     if len(train["input_ids"]) < params.batch_size:
         raise UserError(

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from stages.lib.data.rows import BadRow, Source
-from stages.lib.run.draws import draw
+from stages.lib.run.draws import HELDOUT_PROMPTS, draw, shuffled
 from stages.lib.run.errors import UserError
 
 # ASCII's control characters but tab, line feed and carriage return. Not U+0080 to U+009F: real data has them
@@ -122,7 +120,7 @@ def without_duplicates(collected: Collected) -> Collected:
 def draw_pairs(collected: Collected, max_pairs: int | None, seed: int) -> Collected:
     """`max_pairs` rows at random, in their own order; None keeps all."""
     numbers = list(collected.rows)
-    drawn = draw(len(numbers), max_pairs, [seed, 0])
+    drawn = draw(len(numbers), max_pairs, seed, "max_pairs")
     return collected.keep([numbers[i] for i in drawn], "over_max_pairs")
 
 
@@ -150,7 +148,7 @@ def heldout_prompts(num_prompts: int, fraction: float, seed: int) -> set[int]:
     if num_prompts < 2:
         raise PairError(f"{num_prompts} distinct prompt: nothing is left after the split; give at least two")
     size = min(max(round(num_prompts * fraction), 1), num_prompts - 1)
-    return set(np.random.default_rng([seed, 1]).permutation(num_prompts)[:size].tolist())
+    return set(shuffled(num_prompts, seed, HELDOUT_PROMPTS)[:size])
 
 
 def spell_counts(counts: Counter[str]) -> str:
