@@ -1,5 +1,6 @@
 """Decoding against transformers' own generate, and the promise that batch mates do not matter."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -115,6 +116,7 @@ def test_the_model_given_is_left_as_it_was(tiny_model, tokenizer):
         assert value.dtype == torch.float32 and torch.equal(value, before[name])
     copied = in_precision(tiny_model, "bf16")
     assert copied.lm_head.weight is copied.model.embed_tokens.weight  # still tied
+    assert copied.model.rotary_emb.inv_freq.dtype == torch.float32  # in bf16 it would lose the positions
     assert in_precision(tiny_model, "fp32") is tiny_model
 
 
@@ -127,6 +129,53 @@ def test_sample_token_follows_the_distribution():
     shares = torch.bincount(tokens, minlength=5) / 20_000
     assert (shares - expected).abs().max() < 5 * 0.5 / 20_000**0.5
     assert shares[1] == 0
+
+
+def float64_inverse_transform(logits, uniform):
+    """Numpy's searchsorted in numpy's cumulative sum."""
+    cumulative = np.cumsum(torch.softmax(logits, -1).double().numpy(), -1)
+    targets = uniform.double().numpy() * cumulative[:, -1]
+    return [int(np.searchsorted(row, target, "right")) for row, target in zip(cumulative, targets, strict=True)]
+
+
+@pytest.mark.parametrize("size", [1, 5, 255, 256, 257, 5000, 49_152])
+def test_sample_token_is_the_float64_inverse_transform(size):
+    generator = torch.Generator().manual_seed(size)
+    for spread in (0.0, 1.0, 30.0):
+        logits = torch.randn(32, size, generator=generator) * spread
+        uniform = torch.rand(32, generator=generator)
+        assert sample_token(logits, uniform, 1.0, 1.0).tolist() == float64_inverse_transform(logits, uniform)
+
+
+@pytest.mark.parametrize("allowed", [[0], [300], [999], [0, 999], [255, 256], [256, 511, 512], [3, 4, 700]])
+def test_what_has_no_probability_is_never_drawn(allowed):
+    """Whatever the uniform number, its extremes included, and wherever blocks begin and end."""
+    logits = torch.full((1000,), -torch.inf)
+    logits[allowed] = torch.linspace(0, -40, len(allowed))
+    extremes = torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-24])
+    uniform = torch.cat([extremes, torch.rand(500, generator=torch.Generator().manual_seed(0))])
+    for top_p in (1.0, 0.9):
+        tokens = sample_token(logits.expand(len(uniform), -1), uniform, 1.0, top_p)
+        assert set(tokens.tolist()) <= set(allowed)
+
+
+def test_the_largest_uniform_number_selects_the_last_token_of_probability():
+    generator = torch.Generator().manual_seed(1)
+    for size in (300, 1000, 49_152):
+        logits = torch.randn(16, size, generator=generator)
+        logits[:, -7:] = -torch.inf
+        largest = torch.full((16,), 1 - 2**-53, dtype=torch.float64)
+        assert (sample_token(logits, largest, 1.0, 1.0) < size - 7).all()
+
+
+def test_shares_over_several_blocks_pass_a_chi_square_test():
+    """600 tokens lie in three blocks; 60,000 draws; fixed seed, so the p-value is too."""
+    logits = torch.randn(600, generator=torch.Generator().manual_seed(2))
+    uniform = torch.rand(60_000, generator=torch.Generator().manual_seed(3))
+    counts = torch.bincount(sample_token(logits.expand(60_000, -1), uniform, 0.7, 1.0), minlength=600)
+    expected = torch.softmax(logits.double() / 0.7, -1) * 60_000
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    assert abs(statistic - 599) < 4 * (2 * 599) ** 0.5  # mean and variance of chi-square: 599, 2 * 599
 
 
 def test_nucleus_worked_example():

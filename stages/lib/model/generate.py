@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
@@ -15,6 +16,7 @@ from stages.lib.model.loading import DTYPES
 from stages.lib.model.packing import shared_prefix_length, shares_prefixes
 
 CACHE_BLOCK = 64  # positions by which the key-value cache grows
+SAMPLE_BLOCK = 256  # tokens whose probabilities are summed before one of them is looked for
 ROW_BLOCK = 4  # rows by which a batch shrinks: MKL takes half as long again for 7 rows as for 8
 
 
@@ -110,7 +112,10 @@ def in_precision(model: PreTrainedModel, precision: str) -> PreTrainedModel:
     dtype = DTYPES[precision]
     if all(parameter.dtype == dtype for parameter in model.parameters()):
         return model
-    return copy.deepcopy(model).to(dtype)
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():  # not the buffers: rotary frequencies in bf16 lose the positions
+        parameter.data = parameter.data.to(dtype)
+    return copied
 
 
 def sample_token(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -127,11 +132,33 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: float, top_p: flo
     tokens = None
     if top_p < 1:
         probs, tokens = _nucleus(probs, top_p)
+    picked = _inverse_transform(probs, uniform)
+    return picked if tokens is None else tokens.gather(1, picked[:, None]).squeeze(1)
+
+
+def _inverse_transform(probs: Tensor, uniform: Tensor) -> Tensor:
+    """(B,) places in `probs` (B, V) that the numbers (B,) select; one of probability 0 is never selected.
+
+    By sums of blocks first and within the selected block then: the same place as in one cumulative sum over V,
+    of which most would never be looked at.
+    """
     exact = torch.float32 if probs.device.type == "mps" else torch.float64  # 49,152 small terms; MPS has no fp64
-    cumulative = probs.to(exact).cumsum(-1)
-    target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
-    picked = torch.searchsorted(cumulative, target, right=True).clamp(max=probs.shape[-1] - 1)
-    return (picked if tokens is None else tokens.gather(1, picked)).squeeze(1)
+    blocks = functional.pad(probs, (0, -probs.shape[1] % SAMPLE_BLOCK)).unflatten(1, (-1, SAMPLE_BLOCK))
+    sums = blocks.sum(-1, dtype=exact).cumsum(-1)
+    target = uniform.to(sums)[:, None] * sums[:, -1:]
+    block = _first_above(sums, target)
+    before = functional.pad(sums, (1, 0)).gather(1, block)
+    inside = blocks[torch.arange(len(blocks), device=probs.device), block[:, 0]].to(exact).cumsum(-1)
+    return (block * SAMPLE_BLOCK + _first_above(inside, target - before)).squeeze(1)
+
+
+def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
+    """(B, 1) first places whose cumulative sum exceeds the target, at most the last that adds to the sum."""
+    last = torch.searchsorted(
+        cumulative, cumulative[:, -1:].contiguous()
+    )  # rounding may have put the target at the end
+    found = torch.searchsorted(cumulative, target, right=True)
+    return torch.minimum(found, last).clamp(max=cumulative.shape[1] - 1)  # not a number: sorts beyond the end
 
 
 def _nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
