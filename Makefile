@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test test-all lint install lock check-hub bench-dpo bench-ppo
+.PHONY: repro test test-all lint deps install lock check-hub bench-dpo bench-ppo
 
 repro: install
 	$(BIN)/dvc repro
@@ -18,6 +18,10 @@ test-all: install
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# rewrites the code deps of dvc.yaml from the imports
+deps: install
+	$(BIN)/python -m stages.lib.run.deps
 
 check-hub: install
 	$(BIN)/python -m stages.check_hub

@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 
 from stages.lib.report import numbers, sections
 from stages.lib.report.files import ReportFiles
-from stages.lib.report.page import Page, paragraphs, render, sections_of, strong
+from stages.lib.report.page import Page, paragraphs, sections_of, strong
+from stages.lib.report.render import render
 from stages.lib.run.artefacts import atomic_path
 from stages.lib.run.params import Base, Section, read_params
 from stages.lib.run.stage import run_stage

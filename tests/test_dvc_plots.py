@@ -23,20 +23,41 @@ def pipeline() -> dict:
     return YAML(typ="safe", pure=True).load((REPO / "dvc.yaml").read_text(encoding="utf-8"))
 
 
-def stage_plots() -> dict[str, dict]:
-    """Every file under a stage's `plots:`, with its display properties."""
+def plots() -> list[str | dict]:
+    """What reports/dvc.yaml says `dvc plots show` shall show."""
+    return YAML(typ="safe", pure=True).load((REPO / "reports/dvc.yaml").read_text(encoding="utf-8"))["plots"]
+
+
+def charts() -> dict[str, dict]:
+    """Every chart by its title, with its display properties: those of reports/dvc.yaml and the stages' own."""
+    shown = {name: chart for entry in plots() if isinstance(entry, dict) for name, chart in entry.items()}
     entries = [entry for stage in pipeline()["stages"].values() for entry in stage.get("plots", [])]
-    return {path: properties for entry in entries for path, properties in entry.items()}
+    for path, chart in (item for entry in entries for item in entry.items()):
+        assert chart["title"] not in shown
+        shown[chart["title"]] = chart | {"y": {path.removeprefix("reports/"): chart["y"]}}
+    return shown
+
+
+def pictures() -> list[str]:
+    """Every picture's path from reports/."""
+    return [entry for entry in plots() if isinstance(entry, str)]
 
 
 def columns_drawn() -> list[tuple[str, str]]:
-    """(file, y column) of every chart, the stages' own and the top level's."""
-    drawn = [(path, p["y"]) for path, p in stage_plots().items() if path.endswith(".csv")]
-    for entry in pipeline()["plots"]:
-        for chart in entry.values():
-            for path, columns in chart["y"].items():
-                drawn += [(path, column) for column in ([columns] if isinstance(columns, str) else columns)]
+    """(file under reports/, y column) of every chart."""
+    drawn = []
+    for chart in charts().values():
+        for path, columns in chart["y"].items():
+            drawn += [(path, column) for column in ([columns] if isinstance(columns, str) else columns)]
     return drawn
+
+
+def outs() -> set[str]:
+    """Every path that a stage writes, but for metrics."""
+    entries = [
+        entry for stage in pipeline()["stages"].values() for entry in stage["outs"] + stage.get("plots", [])
+    ]
+    return {entry if isinstance(entry, str) else next(iter(entry)) for entry in entries}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +65,7 @@ def project(tmp_path_factory) -> Path:
     """A Git repository with this pipeline's declarations and made-up reports."""
     root = write_example_reports(tmp_path_factory.mktemp("project"))
     shutil.copy(REPO / "dvc.yaml", root)
+    shutil.copy(REPO / "reports/dvc.yaml", root / "reports")
     shutil.copytree(REPO / ".dvc", root / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
     return root
@@ -86,18 +108,19 @@ def test_plots_page_needs_no_network():
 
 
 def test_no_column_and_no_picture_is_drawn_twice():
-    assert [entry for entry, count in Counter(columns_drawn()).items() if count > 1] == []
-    top_level = {path for entry in pipeline()["plots"] for chart in entry.values() for path in chart["y"]}
-    assert not [path for path in top_level if path.endswith(".png")]  # a stage's picture is drawn without it
+    assert [entry for entry, count in Counter(columns_drawn() + pictures()).items() if count > 1] == []
+
+
+def test_what_is_drawn_is_what_stages_write():
+    drawn = {f"reports/{path}" for path, _ in columns_drawn()} | {f"reports/{path}" for path in pictures()}
+    assert drawn <= outs()
+    assert {path for path in outs() if path.endswith(".png")} <= drawn
 
 
 def test_every_chart_says_what_it_shows():
-    for path, properties in stage_plots().items():
-        if path.endswith(".csv"):
-            assert {"title", "x", "y", "x_label", "y_label", "template"} <= properties.keys(), path
-    for entry in pipeline()["plots"]:
-        for name, chart in entry.items():
-            assert {"x", "y", "x_label", "y_label", "template"} <= chart.keys(), name
+    for name, chart in charts().items():
+        assert {"x", "y", "template"} <= chart.keys(), name
+        assert "title" in chart or {"x_label", "y_label"} <= chart.keys(), name
 
 
 def test_the_charts_asked_for_are_there():
@@ -121,26 +144,23 @@ def test_the_charts_asked_for_are_there():
     }
     drawn = columns_drawn()
     for name, columns in wanted.items():
-        assert columns <= {column for path, column in drawn if path == f"reports/{name}"}, name
+        assert columns <= {column for path, column in drawn if path == name}, name
 
 
 def test_plots_show_draws_every_chart_with_its_data(page):
-    charts = specs(page)
-    stage_charts = [path for path in stage_plots() if path.endswith(".csv")]
-    assert len(charts) == len(pipeline()["plots"]) + len(stage_charts)
-    titles = [chart["title"]["text"] for chart in charts]
-    assert len(set(titles)) == len(titles)
-    assert all(chart["data"]["values"] for chart in charts)
+    drawn = specs(page)
+    assert sorted(chart["title"]["text"] for chart in drawn) == sorted(charts())
+    assert all(chart["data"]["values"] for chart in drawn)
     assert "<DVC_METRIC" not in page.read_text(encoding="utf-8")  # no placeholder is left
 
 
 def test_plots_show_draws_every_picture_once(page):
     html = page.read_text(encoding="utf-8")
-    pictures = [path for path in stage_plots() if path.endswith(".png")]
-    assert pictures
-    for path in pictures:
-        assert html.count(f'<img src="static/workspace_{path.replace("/", "_")}">') == 1
-        assert (page.parent / f"static/workspace_{path.replace('/', '_')}").is_file()
+    assert pictures()
+    for path in pictures():
+        file = f"static/workspace_reports_{path.replace('/', '_')}"
+        assert html.count(f'<img src="{file}">') == 1
+        assert (page.parent / file).is_file()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -161,8 +181,8 @@ def test_diff_overlays_two_revisions(project):
     pd.read_csv(path).assign(loss=0.5).to_csv(path, index=False)
     dvc(project, "plots", "diff", "HEAD", "--out", "compared")
     path.write_bytes(before)
-    charts = {chart["title"]["text"]: chart["data"]["values"] for chart in specs(project / "compared/index.html")}
-    rows = charts["DPO: loss"]
+    drawn = {chart["title"]["text"]: chart["data"]["values"] for chart in specs(project / "compared/index.html")}
+    rows = drawn["DPO: loss"]
     assert {row["rev"] for row in rows} == {"workspace", "HEAD"}
     assert {row["filename"] for row in rows} == {"history.csv", "heldout.csv"}
     values = {row["loss"] for row in rows if row["rev"] == "workspace" and row["filename"] == "history.csv"}

@@ -11,10 +11,12 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
+from stages.lib.run.deps import BOOKKEEPING, with_code_deps
 from stages.lib.run.params import Base, load_params
 from tests.conftest import REPO, dvc
 
 PIPELINE = YAML(typ="safe").load((REPO / "dvc.yaml").read_text())
+SHOWN = YAML(typ="safe").load((REPO / "reports/dvc.yaml").read_text())
 STAGES = list(PIPELINE["stages"])
 IN_ORDER = [
     "fetch_base",
@@ -31,24 +33,26 @@ IN_ORDER = [
 ]
 
 
+def imports_of(path: Path) -> set[str]:
+    """Project files that `path` itself imports, as paths from the root."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names += [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    files = {name.replace(".", "/") + ".py" for name in names if name.startswith("stages")}
+    return {file for file in files if (REPO / file).exists()}
+
+
 def project_files_imported_by(path: Path) -> set[str]:
-    """Project files that `path` imports, directly or through others, as paths from the root."""
+    """Project files that `path` imports, directly or through others, but neither bookkeeping nor through it."""
     found: set[str] = set()
     waiting = [path]
     while waiting:
-        for node in ast.walk(ast.parse(waiting.pop().read_text())):
-            if isinstance(node, ast.ImportFrom):
-                names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
-            elif isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            else:
-                continue
-            for name in names:
-                file = REPO / (name.replace(".", "/") + ".py")
-                relative = file.relative_to(REPO).as_posix()
-                if name.startswith("stages") and file.exists() and relative not in found:
-                    found.add(relative)
-                    waiting.append(file)
+        new = imports_of(waiting.pop()) - found - BOOKKEEPING
+        found |= new
+        waiting += [REPO / name for name in new]
     return found
 
 
@@ -64,11 +68,10 @@ def test_one_name_everywhere(stage):
     assert (REPO / f"stages/{stage}.py").exists()
     assert (REPO / f"tests/test_{stage}.py").exists()
     assert load_params(stage, importlib.import_module(f"stages.{stage}").Params, REPO)
-    reports = [
-        name for kind in ("metrics", "plots") for entry in definition.get(kind, []) for name in [_name(entry)]
-    ]
+    outs = [_name(entry) for kind in ("outs", "metrics", "plots") for entry in definition.get(kind, [])]
+    reports = [name for name in outs if name.startswith("reports/")]
     assert all(name.startswith((f"reports/{stage}/", "reports/index.html")) for name in reports)
-    assert f"reports/{stage}/run.json" in PIPELINE["metrics"]
+    assert f"{stage}/run.json" in SHOWN["metrics"]
 
 
 @pytest.mark.parametrize("stage", IN_ORDER)
@@ -77,6 +80,16 @@ def test_every_imported_project_file_is_a_dep_and_no_other(stage):
     scripts = {dep for dep in deps if dep.endswith(".py")}
     assert scripts == {f"stages/{stage}.py"} | project_files_imported_by(REPO / f"stages/{stage}.py")
     assert all((REPO / dep).exists() for dep in deps)
+
+
+def test_make_deps_would_change_nothing():
+    text = (REPO / "dvc.yaml").read_text()
+    assert with_code_deps(text) == text, "dvc.yaml: its code deps differ from the imports: run make deps"
+
+
+def test_bookkeeping_is_what_stages_import_and_exists():
+    imported = {name for path in (REPO / "stages").rglob("*.py") for name in imports_of(path)}
+    assert imported >= BOOKKEEPING and all((REPO / name).exists() for name in BOOKKEEPING)
 
 
 @pytest.mark.parametrize("stage", IN_ORDER)

@@ -1,16 +1,10 @@
-"""The report as one HTML file: the parts of the page, how numbers are spelt, and the template around them.
-
-Prompts and answers are untrusted text. They reach the page only as values of an autoescaping template, which
-has no scripts and whose content policy forbids them, as it forbids any request to another place.
-"""
+"""The parts of the report's page, and how numbers are spelt on it."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
 
@@ -144,18 +138,6 @@ class Page:
     parameters: str
     costs: Table
     provenance: Sequence[tuple[str, str]]
-
-
-def render(page: Page) -> str:
-    """The page as HTML."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.jinja").render(page=page)
 
 
 def paragraphs(markdown: str) -> Markup:
