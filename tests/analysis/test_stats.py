@@ -227,3 +227,18 @@ def test_a_planted_effect_is_recovered():
         covered_auc += shifted.covers(true_auc)
     assert covered >= 90
     assert covered_auc >= 90
+
+
+def test_the_jackknife_of_a_mean_is_students_interval():
+    values = np.array([3.0, 1.0, 4.0, 1.0, 5.0, 9.0])
+    without = [np.delete(values, i).mean() for i in range(6)]
+    found = stats.jackknife_interval(values.mean(), without, 0.95)
+    expected = student.interval(0.95, 5, values.mean(), sem(values))
+    assert (found.low, found.high) == pytest.approx(expected)
+    assert stats.jackknife_interval(2.0, [0.0], 0.95).low is None
+
+
+def test_percentiles_of_a_mean_are_about_normal():
+    values = np.random.default_rng(0).normal(10, 3, 400)
+    low, high = stats.percentiles_of_mean(values, None, (5, 95), 4000, seed=1)
+    assert (low, high) == pytest.approx((values.mean() - 1.645 * 0.15, values.mean() + 1.645 * 0.15), abs=0.03)

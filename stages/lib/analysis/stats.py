@@ -188,6 +188,36 @@ def share_change_interval(before: ArrayLike, after: ArrayLike, confidence: float
     return Interval(mean, max(-1.0, min(mean, centre - half)), min(1.0, max(mean, centre + half)))
 
 
+def jackknife_interval(estimate: float, without_each: ArrayLike, confidence: float) -> Interval:
+    """For a statistic of a set of texts that duplicates would distort, as a share of distinct n-grams.
+
+    A bootstrap draws texts twice, which themselves repeat every n-gram. The jackknife leaves texts out instead;
+    its variance is too large rather than too small on average (Efron and Stein 1981, doi:10.1214/aos/1176345462).
+
+    Args:
+        estimate: of all N texts.
+        without_each: (N,) the statistic without each text in turn.
+    """
+    without_each = np.asarray(without_each, float)
+    n = len(without_each)
+    if n < 2:
+        return Interval(float(estimate), None, None)
+    error = math.sqrt((n - 1) / n * ((without_each - without_each.mean()) ** 2).sum())
+    half = float(student.ppf((1 + confidence) / 2, n - 1)) * error
+    return Interval(float(estimate), float(estimate) - half, float(estimate) + half)
+
+
+def percentiles_of_mean(
+    values: ArrayLike, clusters: ArrayLike | None, ends: tuple[float, float], samples: int, seed: int
+) -> tuple[float, float]:
+    """Where the mean of `values` (N,) falls when prompts are drawn anew: the percentiles `ends` (0 to 100)."""
+    values, codes, n = _check(values, clusters)
+    weights = _resample(np.random.default_rng(seed), samples, n)
+    means = (weights @ np.bincount(codes, values, minlength=n)) / (weights @ np.bincount(codes, minlength=n))
+    low, high = np.percentile(means, ends)
+    return float(low), float(high)
+
+
 def rank_correlation_interval(
     x: ArrayLike, y: ArrayLike, clusters: ArrayLike | None, samples: int, confidence: float, seed: int
 ) -> Interval:

@@ -1,7 +1,10 @@
 """Surface features of a text: what a reward can be chased with instead of being earned."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
+
+from stages.lib.data.repetition import words_of
 
 # pictographs, symbols and dingbats that render as pictures; not (c), (R), TM, digits or arrows of plain text
 _PICTURE = (
@@ -13,7 +16,6 @@ _MODIFIERS = "[\ufe0f\U0001f3fb-\U0001f3ff]*"
 _EMOJI = re.compile(
     f"[\U0001f1e6-\U0001f1ff]{{2}}|{_PICTURE}{_MODIFIERS}(?:\u200d[\u2640\u2642{_PICTURE[1:-1]}]{_MODIFIERS})*"
 )
-_WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 # "as an AI", "I am a language model", "being an artificial intelligence", "as a virtual assistant", ...
 _MACHINE = (
@@ -50,12 +52,18 @@ def count_apostrophes(text: str) -> int:
 
 def count_words(text: str) -> int:
     """Words; "don't" is one."""
-    return len(_WORD.findall(text))
+    return len(words_of(text))
 
 
 def has_ai_phrase(text: str) -> bool:
     """Whether the text disclaims being human: "as an AI", "I'm just a language model", and the like."""
     return _AI_PHRASE.search(text) is not None
+
+
+def bigram_counts(text: str) -> Counter[tuple[str, str]]:
+    """How often each pair of neighbouring words occurs; case is ignored."""
+    words = words_of(text)
+    return Counter(zip(words, words[1:], strict=False))
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
@@ -68,7 +76,7 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """
     ngrams = []
     for text in texts:
-        words = [word.lower() for word in _WORD.findall(text)]
+        words = words_of(text)
         ngrams += zip(*(words[i:] for i in range(n)), strict=False)
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 

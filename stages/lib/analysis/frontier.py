@@ -1,0 +1,89 @@
+"""The frontier: what a model gains, and how far from the base it went for it.
+
+Score and the judge's win rate over the base against KL, for DPO's and PPO's courses, for the best of n answers of
+the base, and for the base itself at 0 (arXiv:2210.10760, arXiv:2305.18290 figure 2).
+"""
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from stages.lib.analysis.measures import values_of
+from stages.lib.analysis.preference import win_rate, wins
+from stages.lib.analysis.stats import Interval, Resampling, mean_interval
+
+BEST_OF = (1, 2, 4, 8, 16)
+
+
+def row(series: str, step: float, kl: float, score: Interval, won: Interval) -> dict:
+    """One point: series, step (optimizer step, update or n), kl, sqrt_kl, score and win_rate with their ends.
+
+    An estimate of KL below 0 is noise around 0 and stands at 0 on the axis.
+    """
+    point = {"series": series, "step": step, "kl": kl, "sqrt_kl": math.sqrt(max(0.0, kl))}
+    return point | score.as_metrics("score") | won.as_metrics("win_rate")
+
+
+def final(series: str, answers: pd.DataFrame, base: pd.DataFrame, how: Resampling) -> dict:
+    """A finished model's sampled answers, beside the base's to the same prompts; the base itself wins half."""
+    both = answers.merge(base, on="prompt_id", suffixes=("", "_base"), validate="one_to_one")
+    won = win_rate(wins(both["judge"], both["judge_base"]), how.confidence)
+    kl = float(values_of(answers, "kl").mean())
+    score = mean_interval(answers["score"], None, **vars(how))
+    return row(series, math.nan, kl, score, Interval(0.5, None, None) if series == "base" else won)
+
+
+def course(series: str, looks: pd.DataFrame, base: pd.DataFrame, how: Resampling) -> list[dict]:
+    """A training's looks, a point each.
+
+    Args:
+        looks: step, prompt_id, logp, ref_logp, score, judge; one answer per step and prompt.
+        base: prompt_id, judge of the base's answers to the same prompts.
+    """
+    judged = looks.merge(
+        base[["prompt_id", "judge"]], on="prompt_id", how="left", suffixes=("", "_base"), validate="m:1"
+    )
+    points = []
+    for step, look in judged.groupby("step"):
+        won = win_rate(wins(look["judge"], look["judge_base"]), how.confidence)
+        kl = float((look["logp"] - look["ref_logp"]).mean())
+        points.append(row(series, step, kl, mean_interval(look["score"], None, **vars(how)), won))
+    return points
+
+
+def best_of_n(scores: np.ndarray, judged: np.ndarray, how: Resampling) -> list[dict]:
+    """The answer that the reward model scores highest among n of the base's, for n in BEST_OF.
+
+    Unbiased, by order statistics: all ways to draw n of a prompt's M answers count alike, and for the win rate all
+    ways to draw its opponent from the others. KL is its upper bound, log n - (n - 1) / n.
+
+    Args:
+        scores, judged: (P, M) of the reward model and of the judge, M independent answers to each of P prompts.
+
+    Raises:
+        ValueError: M is not larger than the largest n.
+    """
+    num_answers = scores.shape[1]
+    if scores.shape != judged.shape or num_answers <= max(BEST_OF):
+        raise ValueError(f"best of {max(BEST_OF)} needs more answers than that a prompt, not {scores.shape}")
+    order = np.argsort(scores, axis=1, kind="stable")
+    scores, judged = (np.take_along_axis(values, order, axis=1) for values in (scores, judged))
+    points = []
+    for n in BEST_OF:
+        score = scores @ chance_of_being_best(n, num_answers)
+        chance = chance_of_being_best(n, num_answers - 1)
+        won = np.zeros(len(scores))
+        for opponent in range(num_answers):
+            others = np.delete(judged, opponent, axis=1)
+            won += wins(others, judged[:, opponent : opponent + 1]) @ chance / num_answers
+        kl = math.log(n) - (n - 1) / n
+        points.append(
+            row("best of n", n, kl, mean_interval(score, None, **vars(how)), mean_interval(won, None, **vars(how)))
+        )
+    return points
+
+
+def chance_of_being_best(n: int, total: int) -> np.ndarray:
+    """(total,) of each rank, lowest first: the chance to be the highest of n drawn without replacement."""
+    return np.array([math.comb(rank, n - 1) for rank in range(total)]) / math.comb(total, n)

@@ -1,0 +1,69 @@
+"""The scorecard: every measure of every model's answers, beside the base's and the data's preferred answers."""
+
+import pandas as pd
+
+from stages.lib.analysis.measures import DISTINCT, MEANS, SHARES, change, level, values_of
+from stages.lib.analysis.preference import length_controlled_win_rate, win_rate, wins
+from stages.lib.analysis.stats import Interval, Resampling, percentiles_of_mean
+
+CHOSEN = "chosen"  # the data's preferred answers, as a model among the others
+DECODING_OF = {CHOSEN: "data"}
+RANGE = (5.0, 95.0)  # percentiles of the preferred answers' mean over resampled prompts: the range to aim for
+RANGED = ("tokens", "emoji", "ended")
+
+
+def scorecard(answers: pd.DataFrame, how: Resampling) -> list[dict]:
+    """Rows of model, decoding, measure, mean, low, high, change, change_low, change_high.
+
+    The measures of measures.py, and win_rate and win_rate_lc: how often the judge prefers the answer to the base's
+    of the same decoding (of the preferred answers: to its sampled ones), as it is and at equal length. Empty are
+    the changes of the base and of the preferred answers, and the ends of an interval where one prompt allows none.
+
+    Args:
+        answers: a row per answer as in measures.py, at most one per model, decoding and prompt; the base's among
+            them for every prompt that another model answered in that decoding.
+    """
+    groups = {
+        key: group.sort_values("prompt_id", ignore_index=True)
+        for key, group in answers.groupby(["model", "decoding"], sort=False)
+    }
+    rows = []
+    for (model, decoding), group in groups.items():
+        base = groups["base", "sampled" if model == CHOSEN else decoding]
+        for measure in (*MEANS, *SHARES, DISTINCT):
+            if (found := level(group, measure, how)) is None:
+                continue
+            changed = None if model in ("base", CHOSEN) else change(group, base, measure, how)
+            rows.append(_row(model, decoding, measure, found, changed))
+        if model != "base":
+            rows += [
+                _row(model, decoding, measure, found)
+                for measure, found in preferences(group, base, how.confidence).items()
+            ]
+    return rows
+
+
+def preferences(answers: pd.DataFrame, base: pd.DataFrame, confidence: float) -> dict[str, Interval]:
+    """win_rate and win_rate_lc of answers over the base's to the same prompts."""
+    both = answers.merge(base, on="prompt_id", suffixes=("", "_base"), validate="one_to_one")
+    won = wins(both["judge"], both["judge_base"])
+    longer = both["response_ids"].map(len) - both["response_ids_base"].map(len)
+    return {
+        "win_rate": win_rate(won, confidence),
+        "win_rate_lc": length_controlled_win_rate(won, longer, confidence),
+    }
+
+
+def preferred_ranges(answers: pd.DataFrame, how: Resampling) -> dict[str, tuple[float, float]]:
+    """Of each measure in RANGED: the percentiles RANGE of the preferred answers' mean over resampled prompts."""
+    chosen = answers[answers["model"] == CHOSEN]
+    return {
+        measure: percentiles_of_mean(values_of(chosen, measure), chosen["prompt_id"], RANGE, how.samples, how.seed)
+        for measure in RANGED
+    }
+
+
+def _row(model: str, decoding: str, measure: str, found: Interval, changed: Interval | None = None) -> dict:
+    row = {"model": model, "decoding": decoding, "measure": measure}
+    row |= {"mean": found.mean, "low": found.low, "high": found.high}
+    return row | (changed or Interval(None, None, None)).as_metrics("change")

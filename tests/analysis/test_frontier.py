@@ -1,0 +1,74 @@
+"""Best of n against all subsets counted one by one, and points worked by hand."""
+
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from stages.lib.analysis import frontier
+from stages.lib.analysis.stats import Resampling
+
+HOW = Resampling(samples=100, confidence=0.95, seed=0)
+
+
+def test_chance_of_being_best_counts_subsets():
+    for n, total in ((1, 5), (2, 5), (3, 5), (5, 5)):
+        counted = np.zeros(total)
+        for subset in itertools.combinations(range(total), n):
+            counted[max(subset)] += 1
+        assert frontier.chance_of_being_best(n, total) == pytest.approx(counted / counted.sum())
+
+
+def test_best_of_n_counts_all_draws(monkeypatch):
+    monkeypatch.setattr(frontier, "BEST_OF", (1, 2, 4))
+    rng = np.random.default_rng(2)
+    scores, judged = rng.normal(size=(3, 5)), rng.integers(0, 4, size=(3, 5)).astype(float)
+    for point in frontier.best_of_n(scores, judged, HOW):
+        n = point["step"]
+        found, won = [], []
+        for row, opinions in zip(scores, judged, strict=True):
+            for subset in itertools.combinations(range(5), n):
+                best = max(subset, key=row.__getitem__)
+                found.append(row[best])
+                won += [(np.sign(opinions[best] - opinions[j]) + 1) / 2 for j in range(5) if j not in subset]
+        assert point["score"] == pytest.approx(np.mean(found))
+        assert point["win_rate"] == pytest.approx(np.mean(won))
+    with pytest.raises(ValueError, match="more answers"):
+        frontier.best_of_n(scores[:, :4], judged[:, :4], HOW)
+
+
+def test_the_best_of_one_wins_half_and_more_win_more():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(50, 17))
+    points = frontier.best_of_n(scores, scores + rng.normal(size=scores.shape), HOW)
+    assert [point["step"] for point in points] == [1, 2, 4, 8, 16]
+    assert points[0]["win_rate"] == pytest.approx(0.5)
+    rates = [point["win_rate"] for point in points]
+    assert rates == sorted(rates)
+    assert [point["kl"] for point in points] == pytest.approx(
+        [0, 0.193147, 0.636294, 1.204442, 1.835089], abs=1e-6
+    )
+    # expected maximum of 2 standard normals: 1 / sqrt(pi)
+    assert points[1]["score"] - points[0]["score"] == pytest.approx(1 / math.sqrt(math.pi), abs=0.08)
+
+
+def test_a_course_has_a_point_a_look():
+    looks = pd.DataFrame(
+        {
+            "step": [0, 0, 5, 5],
+            "prompt_id": [7, 8, 7, 8],
+            "logp": [-10.0, -20.0, -10.0, -11.0],
+            "ref_logp": [-10.0, -19.0, -12.0, -15.0],
+            "score": [1.0, 2.0, 3.0, 5.0],
+            "judge": [0.0, 0.0, 1.0, 2.0],
+        }
+    )
+    base = pd.DataFrame({"prompt_id": [8, 7], "judge": [2.0, 0.0]})
+    first, second = frontier.course("DPO", looks, base, HOW)
+    assert (first["series"], first["step"], first["kl"], first["sqrt_kl"]) == ("DPO", 0, -0.5, 0.0)
+    assert (first["score"], first["win_rate"]) == (1.5, 0.25)  # a tie and a loss
+    assert (second["kl"], second["sqrt_kl"]) == (3.0, math.sqrt(3))
+    assert (second["score"], second["win_rate"]) == (4.0, 0.75)
+    assert second["win_rate_low"] < 0.75 < second["win_rate_high"]
