@@ -34,7 +34,7 @@ from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_stage
 
 CHUNK = 128  # texts between two chances to save their features
-HISTORY = ["loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"]  # TRL 1.12's own names
+HISTORY = ["loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"]  # TRL 1.16's own names
 
 
 class Params(Section):
@@ -43,6 +43,18 @@ class Params(Section):
     batch_size: int = Field(gt=0)  # pairs per optimizer step
     logging_steps: int = Field(gt=0)  # optimizer steps between rows of the history
     micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward pass of the backbone
+
+
+class OneDevice(RewardConfig):
+    """RewardConfig for one device, however many are visible.
+
+    Without a launcher HF's Trainer wraps the model in DataParallel when it sees several GPUs, which multiplies
+    the batch; RewardTrainer refuses to start then (TRL 1.16). Both ask `n_gpu`.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        return 1
 
 
 class HeadOnFeatures(PreTrainedModel):
@@ -100,18 +112,22 @@ def train_head(
     heldout: Dataset,
     params: Params,
     seed: int,
-) -> list[dict[str, float]]:
+) -> tuple[list[dict[str, float]], int]:
     """Fits `model.score` in place on the features.
 
     Returns:
-        The history: step, epoch, figures on the training batches since the last row, on held-out pairs (eval_).
+        The history: step, epoch, figures on the training batches since the last row, on held-out pairs (eval_);
+        and the number of optimizer steps that the trainer made.
+
+    Raises:
+        AssertionError: it made another number of steps than `epochs` over the pairs in `batch_size` take.
     """
     num_steps = params.epochs * math.ceil(len(train) / params.batch_size)
     logging_steps = min(params.logging_steps, num_steps)  # a short run has one row, not none
     with tempfile.TemporaryDirectory() as scratch:  # the trainer saves nothing; we do, without its pickle
         trainer = RewardTrainer(
             model=HeadOnFeatures(model.score, tokenizer),
-            args=RewardConfig(
+            args=OneDevice(
                 output_dir=scratch,
                 learning_rate=params.learning_rate,
                 num_train_epochs=params.epochs,
@@ -139,7 +155,8 @@ def train_head(
         assert len(trainer.train_dataset) == len(train) and len(trainer.eval_dataset) == len(heldout)
         trainer.remove_callback(PrinterCallback)  # history.csv has it
         trainer.train()
-    return history_of(trainer.state.log_history)
+    assert trainer.state.global_step == num_steps, f"{trainer.state.global_step} steps instead of {num_steps}"
+    return history_of(trainer.state.log_history), trainer.state.global_step
 
 
 def history_of(log: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -186,7 +203,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         train, heldout = datasets["train"], datasets["heldout"]
 
         # 3. The head
-        history = train_head(model, tokenizer, train, heldout, params, base.seed)
+        history, steps = train_head(model, tokenizer, train, heldout, params, base.seed)
 
         # 4. Held-out scores and reports
         weight = model.score.weight.detach().cpu().squeeze(0)
@@ -195,7 +212,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         metrics = {
             "train_pairs": len(train),
             "heldout_pairs": len(heldout),
-            "steps": params.epochs * math.ceil(len(train) / params.batch_size),
+            "steps": steps,
             "heldout": heldout_figures(chosen_scores, rejected_scores),
         }
         scores = zip(

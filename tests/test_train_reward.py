@@ -11,11 +11,12 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
+from stages import train_reward
 from stages.lib.model.loading import freeze, set_seed
 from stages.lib.model.reward import new_reward_model, score_sequences
 from stages.lib.run.artefacts import read_parquet, write_parquet
 from stages.lib.run.params import Base, load_params
-from stages.train_reward import Params, heldout_figures, main
+from stages.train_reward import HeadOnFeatures, OneDevice, Params, heldout_figures, main
 from tests.conftest import REPO
 
 BASE = Base(seed=42, precision="fp32")
@@ -131,6 +132,24 @@ def test_equals_an_ordinary_reward_trainer_run_over_tokens(root, tokenizer, tmp_
     ).train()
     # fp32 rounding of two batch layouts, after 18 AdamW steps of 1e-2
     torch.testing.assert_close(ours, model.score.weight, atol=2e-4, rtol=1e-3)
+
+
+def test_one_device_whatever_is_visible(root, tokenizer, tmp_path, monkeypatch):
+    main(BASE, PARAMS, root)
+    expected = (root / "reports/train_reward/history.csv").read_bytes()
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="DataParallel"):  # what OneDevice is there for
+        RewardTrainer(
+            model=HeadOnFeatures(torch.nn.Linear(32, 1), tokenizer),
+            args=RewardConfig(output_dir=str(tmp_path), use_cpu=False, bf16=False, activation_checkpointing=False),
+            train_dataset=Dataset.from_dict({"chosen_ids": [[5]], "rejected_ids": [[6]]}),
+            processing_class=tokenizer,
+        )
+    # two GPUs do not count under use_cpu, which main sets here
+    monkeypatch.setattr(train_reward, "OneDevice", lambda **knobs: OneDevice(**knobs | {"use_cpu": False}))
+    main(BASE, PARAMS, root)
+    assert (root / "reports/train_reward/history.csv").read_bytes() == expected
 
 
 def test_long_pairs_are_kept(root):
