@@ -1,9 +1,13 @@
 """Apply the chat template and make token ids for DPO, the reward model and PPO.
 
-Reads   data/pairs, models/base                           texts; tokenizer and chat template
+Reads   data/pairs, data/corrupted, models/base           texts; tokenizer and chat template
 Writes  data/tokenized/pairs_{train,heldout}.parquet      row, prompt_id, {prompt,chosen,rejected}_input_ids
+        data/tokenized/pairs_negatives.parquet            the same and kind: a training pair's corrupted copy
         data/tokenized/reward_{train,heldout}.parquet     row, prompt_id, chosen_ids, rejected_ids; end in EOS
-        data/tokenized/prompts_{train,heldout}.parquet    prompt_id, prompt, input_ids; one row a prompt
+        data/tokenized/reward_negatives_{train,heldout}.parquet   the same and kind: every corrupted copy
+        data/tokenized/judge_pairs.parquet                the judge's pairs, as pairs_train
+        data/tokenized/judge_{corrupted,short}.parquet    its corrupted copies, its short answers
+        data/tokenized/prompts_{train,heldout,judge,eval}.parquet   prompt_id, prompt, input_ids; one row a prompt
         data/tokenized/unseen.parquet                     row, prompt_input_ids, response_input_ids
         reports/tokenize_pairs/metrics.json               lengths, truncations, rows dropped
         reports/tokenize_pairs/run.json                   seconds, tokens/s, memory, versions
@@ -20,22 +24,26 @@ from tqdm import tqdm
 
 from stages.lib.data.chat import generation_header_ids, special_token_pattern, truncate
 from stages.lib.data.token_tables import (
+    Ids,
+    Row,
+    corrupted_rows,
     count_cuts,
     length_statistics,
     pair_columns,
     prompt_columns,
     reward_columns,
-    rows_of,
     text_columns,
     token_ids,
     without_special_tokens,
 )
 from stages.lib.model.loading import load_tokenizer
-from stages.lib.run.artefacts import read_parquet, round_floats, write_json, write_parquet
+from stages.lib.run.artefacts import read_rows, round_floats, write_json, write_parquet
 from stages.lib.run.params import Base, Section, read_params, require
 from stages.lib.run.stage import run_stage
 
-SOURCES = ("train", "heldout", "unseen")
+PAIRS = ("train", "heldout", "judge")
+SOURCES = (*PAIRS, "unseen", "eval_prompts")
+COPIES = ("train", "heldout", "negatives", "judge", "judge_short")  # of data/corrupted
 
 
 class Params(Section):
@@ -62,43 +70,66 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     )
     on_bad_row = read_params(root).get("fetch_pairs", {}).get("on_bad_row")
     pattern = special_token_pattern(tokenizer)
-    read = {name: rows_of(read_parquet(root / f"data/pairs/{name}.parquet")) for name in SOURCES}
+    read = {name: read_rows(root / f"data/pairs/{name}.parquet") for name in SOURCES}
     rows = {
         name: without_special_tokens(read[name], pattern, f"data/pairs/{name}.parquet", on_bad_row)
         for name in SOURCES
     }
+    # a number for each prompt to measure on, after those of the pairs
+    first = 1 + max(row["prompt_id"] for name in PAIRS for row in read[name])
+    rows["eval_prompts"] = [row | {"prompt_id": i} for i, row in enumerate(rows["eval_prompts"], first)]
 
     limits = (params.max_prompt_length, params.max_completion_length, params.max_length)
     cuts: Counter[str] = Counter()
-    ids = {}
-    for name in SOURCES:
-        progress = tqdm(rows[name], f"tokenize {name}", mininterval=1, unit=" rows")
-        whole = [token_ids(row, tokenizer) for row in progress]
+
+    def ids_of(table: list[Row], label: str) -> list[Ids]:
+        whole = [
+            token_ids(row, tokenizer) for row in tqdm(table, f"tokenize {label}", mininterval=1, unit=" rows")
+        ]
         cuts.update(count_cuts(whole, *limits))
-        ids[name] = [truncate(row, *limits) for row in whole]
+        return [truncate(row, *limits) for row in whole]
+
+    ids = {name: ids_of(rows[name], name) for name in SOURCES}
+    cuts_of_sources = dict(cuts)
+    copies = {name: read_rows(root / f"data/corrupted/{name}.parquet") for name in COPIES}
+    usable = {
+        name: corrupted_rows(copies[name], ids_of(copies[name], f"corrupted {name}"), pattern) for name in COPIES
+    }
 
     folder = root / "data/tokenized"
     for split in ("train", "heldout"):
         write_parquet(folder / f"pairs_{split}.parquet", pair_columns(rows[split], ids[split]))
         reward = reward_columns(rows[split], ids[split], tokenizer.eos_token_id)
         write_parquet(folder / f"reward_{split}.parquet", reward)
-        write_parquet(folder / f"prompts_{split}.parquet", prompt_columns(rows[split], ids[split]))
+        reward = reward_columns(*usable[split], tokenizer.eos_token_id, with_kind=True)
+        write_parquet(folder / f"reward_negatives_{split}.parquet", reward)
+    write_parquet(folder / "pairs_negatives.parquet", pair_columns(*usable["negatives"], with_kind=True))
+    write_parquet(folder / "judge_pairs.parquet", pair_columns(rows["judge"], ids["judge"]))
+    write_parquet(folder / "judge_corrupted.parquet", pair_columns(*usable["judge"], with_kind=True))
+    write_parquet(folder / "judge_short.parquet", pair_columns(*usable["judge_short"], with_kind=True))
+    for name in (*PAIRS, "eval_prompts"):
+        table = prompt_columns(rows[name], ids[name])
+        write_parquet(folder / f"prompts_{name.removesuffix('_prompts')}.parquet", table)
     write_parquet(folder / "unseen.parquet", text_columns(rows["unseen"], ids["unseen"]))
     lost = sum(len(read[name]) - len(rows[name]) for name in SOURCES)
     metrics = {
         "read": sum(map(len, read.values())),
         "kept": sum(map(len, rows.values())),
         "dropped": {"special_token": lost} if lost else {},
-        "cut": dict(cuts),
+        "cut": cuts_of_sources,
         "lengths": length_statistics([row for name in SOURCES for row in ids[name]]),
         "train_pairs": len(rows["train"]),
         "heldout_pairs": len(rows["heldout"]),
+        "judge_pairs": len(rows["judge"]),
         "unseen_texts": len(rows["unseen"]),
+        "eval_prompts": len(rows["eval_prompts"]),
+        "corrupted": {name: {"read": len(copies[name]), "kept": len(usable[name][0])} for name in COPIES},
     }
     write_json(root / "reports/tokenize_pairs/metrics.json", round_floats(metrics))
     print(f"wrote data/tokenized: {metrics['kept']} of {metrics['read']} rows, {sum(cuts.values())} texts cut")
     print("wrote reports/tokenize_pairs/metrics.json")
-    return {"tokens": sum(len(column) for name in SOURCES for row in ids[name] for column in row.values())}
+    tables = [*ids.values(), *(table for _, table in usable.values())]
+    return {"tokens": sum(len(column) for table in tables for row in table for column in row.values())}
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from stages.lib.run.params import Base, load_params
 from tests.conftest import REPO
 
 BASE = Base(seed=42, precision="fp32")
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "heldout", "judge")
 
 
 def settings_of(**changes):
     values = dict(
         hub_id=None, revision="main", path="pairs.jsonl", unseen_hub_id=None, unseen_revision="main",
-        unseen_path="unseen.jsonl", on_bad_row="error", max_pairs=None, holdout_fraction=0.1,
+        unseen_path="unseen.jsonl", eval_prompts=True, eval_prompts_path="more.jsonl", on_bad_row="error",
+        max_pairs=None, holdout_fraction=0.1, judge_fraction=0.2,
     )  # fmt: skip
     return Params(**(values | changes))
 
@@ -28,26 +29,29 @@ def pair(prompt, chosen="c", rejected="r"):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def root_with(folder, rows, unseen=({"prompt": "Unseen", "response": "Text"},)):
-    for name, items in (("pairs.jsonl", rows), ("unseen.jsonl", unseen)):
+def root_with(folder, rows, unseen=({"prompt": "Unseen", "response": "Text"},), more=({"prompt": "More"},)):
+    for name, items in (("pairs.jsonl", rows), ("unseen.jsonl", unseen), ("more.jsonl", more)):
         (folder / name).write_text("".join(json.dumps(item) + "\n" for item in items))
     return folder
 
 
 def outputs(root):
-    tables = {name: read_parquet(root / f"data/pairs/{name}.parquet") for name in (*SPLITS, "unseen")}
+    tables = {
+        name: read_parquet(root / f"data/pairs/{name}.parquet") for name in (*SPLITS, "unseen", "eval_prompts")
+    }
     return tables, read_json(root / "reports/fetch_pairs/metrics.json")
 
 
 def test_the_embedded_data_by_the_committed_parameters(tmp_path):
     params = load_params("fetch_pairs", Params, REPO)
     (tmp_path / "data").mkdir()
-    for path in (params.path, params.unseen_path):
+    for path in (params.path, params.unseen_path, params.eval_prompts_path):
         (tmp_path / path).write_bytes((REPO / path).read_bytes())
     main(BASE, params, tmp_path)
     tables, metrics = outputs(tmp_path)
-    assert metrics["read"] == metrics["kept"] == metrics["train_pairs"] + metrics["heldout_pairs"] == 336
-    assert metrics["heldout_pairs"] == 34 and metrics["unseen_texts"] == 160 and metrics["dropped"] == {}
+    assert metrics["read"] == metrics["kept"] == sum(metrics[f"{split}_pairs"] for split in SPLITS) == 336
+    assert metrics["heldout_pairs"] == 34 and metrics["judge_pairs"] == 67 and metrics["eval_prompts"] == 222
+    assert metrics["unseen_texts"] == 160 and metrics["dropped"] == {}
     assert metrics["sha256"] == sha256_of_file(tmp_path / params.path)
     assert list(tables["train"]) == ["row", "prompt_id", "prompt", "chosen", "rejected"]
     lines = (tmp_path / params.path).read_text(encoding="utf-8").split("\n")
@@ -56,15 +60,17 @@ def test_the_embedded_data_by_the_committed_parameters(tmp_path):
             assert json.loads(lines[row - 1])["chosen"] == chosen
 
 
-def test_no_prompt_is_on_both_sides(tmp_path):
+def test_no_prompt_is_on_two_sides(tmp_path):
     # 30 prompts, each in three spellings
     rows = [pair(f"Question {i}{end}", f"c{i}{end}") for end in ("?", " ", "!!") for i in range(30)]
     rows += [pair(f"QUESTION  {i}", f"C{i}") for i in range(30)]
     main(BASE, settings_of(), root_with(tmp_path, rows))
     tables, metrics = outputs(tmp_path)
     sides = [{normalise_prompt(prompt) for prompt in tables[split]["prompt"]} for split in SPLITS]
-    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 30
-    assert not set(tables["train"]["prompt_id"]) & set(tables["heldout"]["prompt_id"])
+    assert len(set.union(*sides)) == sum(map(len, sides)) == 30  # no prompt on two sides
+    ids = [set(tables[split]["prompt_id"]) for split in SPLITS]
+    assert len(set.union(*ids)) == sum(map(len, ids)) == 30
+    assert metrics["judge_prompts"] == 6 and metrics["judge_pairs"] == 24 and metrics["train_prompts"] == 21
     assert metrics["heldout_prompts"] == 3 and metrics["heldout_pairs"] == 12
     assert metrics["repeated_prompts"] == 90
 
@@ -96,6 +102,37 @@ def test_an_unseen_text_whose_prompt_is_trained_on_is_left_out(tmp_path):
     assert tables["unseen"]["prompt"] == ["new"] and metrics["unseen"]["dropped"] == {"prompt_of_a_pair": 1}
 
 
+def test_the_heldout_split_does_not_depend_on_the_judges(tmp_path):
+    heldout, judges = [], []
+    for name, fraction in (("a", 0.1), ("b", 0.3), ("c", 0.6)):
+        (tmp_path / name).mkdir()
+        rows = [pair(f"p{i}") for i in range(60)]
+        main(BASE, settings_of(judge_fraction=fraction), root_with(tmp_path / name, rows))
+        heldout.append(sha256_of_file(tmp_path / name / "data/pairs/heldout.parquet"))
+        judges.append(set(outputs(tmp_path / name)[0]["judge"]["row"]))
+    assert len(set(heldout)) == 1
+    assert list(map(len, judges)) == [6, 18, 36] and judges[0] < judges[1] < judges[2]
+
+
+def test_prompts_to_measure_on_are_of_no_pair_and_counted(tmp_path):
+    more = [
+        {"prompt": "P3!"},
+        {"prompt": "new", "topic": "x"},
+        {"prompt": "NEW?"},
+        {"prompt": ""},
+        {"prompt": "b"},
+    ]
+    root = root_with(tmp_path, [pair(f"p{i}") for i in range(9)], more=more)
+    main(BASE, settings_of(on_bad_row="drop"), root)
+    tables, metrics = outputs(tmp_path)
+    assert tables["eval_prompts"] == {"row": [2, 5], "prompt": ["new", "b"]} and metrics["eval_prompts"] == 2
+    assert metrics["eval"]["read"] == 5 and metrics["eval"]["sha256"] == sha256_of_file(tmp_path / "more.jsonl")
+    assert metrics["eval"]["dropped"] == {"empty": 1, "repeated_prompt": 1, "prompt_of_a_pair": 1}
+    main(BASE, settings_of(eval_prompts=False, eval_prompts_path="not there"), root)
+    tables, metrics = outputs(tmp_path)
+    assert tables["eval_prompts"] == {"row": [], "prompt": []} and metrics["eval"] == {}
+
+
 def test_same_seed_same_bytes_other_seed_other_split(tmp_path):
     rows = [pair(f"p{i}") for i in range(60)]
     digests = []
@@ -111,6 +148,10 @@ def test_same_seed_same_bytes_other_seed_other_split(tmp_path):
     [
         ([], "pairs.jsonl: has no rows"),
         ([pair("a"), pair("A?", "d")], "nothing is left after the split"),
+        (
+            [pair("a"), pair("b"), pair("B!", "d")],
+            "2 distinct prompts: nothing is left to train on after the split",
+        ),
         ([pair("a"), {"question": "b"}], r"pairs.jsonl:2: column 'prompt' is missing \(found: 'question'\)"),
         ([pair("a"), pair("b", "x", "x")], "pairs.jsonl:2: 'chosen' and 'rejected' are the same"),
     ],
@@ -130,7 +171,13 @@ def test_a_bad_unseen_file_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("change", [{"max_pairs": 1}, {"holdout_fraction": 0.0}, {"holdout_fraction": 1.0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_pairs": 1}, {"holdout_fraction": 0.0}, {"holdout_fraction": 1.0}, {"judge_fraction": 0.0},
+        {"holdout_fraction": 0.5, "judge_fraction": 0.5},
+    ],
+)  # fmt: skip
 def test_parameters_out_of_range(change):
     with pytest.raises(ValidationError, match=next(iter(change))):
         settings_of(**change)
@@ -164,5 +211,6 @@ def test_any_lines_are_split_or_refused_and_the_counts_add_up(tmp_path, content,
     tables, metrics = outputs(root)
     assert metrics["read"] == metrics["kept"] + sum(metrics["dropped"].values())
     assert metrics["kept"] == sum(len(tables[split]["row"]) for split in SPLITS)
-    assert metrics["heldout_pairs"] > 0 and metrics["train_pairs"] > 0
-    assert not set(tables["train"]["prompt_id"]) & set(tables["heldout"]["prompt_id"])
+    assert all(metrics[f"{split}_pairs"] > 0 for split in SPLITS)
+    ids = [set(tables[split]["prompt_id"]) for split in SPLITS]
+    assert len(set.union(*ids)) == sum(map(len, ids))

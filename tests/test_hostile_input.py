@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stages import fetch_pairs, reference_logps, tokenize_pairs, train_dpo
+from stages import corrupt_answers, fetch_pairs, reference_logps, tokenize_pairs, train_dpo
 from stages.lib.run import params as params_module
 from stages.lib.run.artefacts import read_json
 from stages.lib.run.errors import UserError
@@ -109,6 +109,7 @@ def dirty(tiny_base, monkeypatch):
     lines += [b"{", b"[]", b"\xff\xfe", b'{"prompt": "a", "prompt": "b"}', b"null"]
     (tiny_base / "pairs.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     (tiny_base / "unseen.jsonl").write_text('{"prompt": "Other", "response": "text"}\n')
+    (tiny_base / "more.jsonl").write_text('{"prompt": "A third one"}\n')
     (tiny_base / "params.yaml").write_text("fetch_pairs: {on_bad_row: drop}\n")
     return tiny_base
 
@@ -118,7 +119,8 @@ def fetch(root, on_bad_row):
         BASE,
         fetch_pairs.Params(
             hub_id=None, revision="main", path="pairs.jsonl", unseen_hub_id=None, unseen_revision="main",
-            unseen_path="unseen.jsonl", on_bad_row=on_bad_row, max_pairs=None, holdout_fraction=0.2,
+            unseen_path="unseen.jsonl", eval_prompts=True, eval_prompts_path="more.jsonl", on_bad_row=on_bad_row,
+            max_pairs=None, holdout_fraction=0.2, judge_fraction=0.2,
         ),
         root,
     )  # fmt: skip
@@ -126,25 +128,29 @@ def fetch(root, on_bad_row):
 
 def test_hostile_texts_train_and_every_row_is_accounted_for(dirty):
     fetch(dirty, "drop")
+    corrupt_answers.main(BASE, load_params("corrupt_answers", corrupt_answers.Params, REPO), dirty)
     limits = tokenize_pairs.Params(max_prompt_length=64, max_completion_length=None, max_length=128)
     tokenize_pairs.main(BASE, limits, dirty)
     fetched = read_json(dirty / "reports/fetch_pairs/metrics.json")
     tokenized = read_json(dirty / "reports/tokenize_pairs/metrics.json")
     assert fetched["read"] == 2 * len(HOSTILE) + len(BROKEN) + 5
     assert fetched["read"] == fetched["kept"] + sum(fetched["dropped"].values())
-    assert tokenized["read"] == fetched["kept"] + fetched["unseen_texts"]
+    assert tokenized["read"] == fetched["kept"] + fetched["unseen_texts"] + fetched["eval_prompts"]
     assert tokenized["read"] == tokenized["kept"] + sum(tokenized["dropped"].values())
-    assert tokenized["kept"] == 2 * len(HOSTILE) + 1
+    assert tokenized["kept"] == 2 * len(HOSTILE) + 2
+    corrupted = read_json(dirty / "reports/corrupt_answers/metrics.json")
+    for name, counts in tokenized["corrupted"].items():
+        assert counts["read"] == sum(kind["made"] for kind in corrupted[name].values()) >= counts["kept"]
 
     reference_logps.main(BASE, reference_logps.Params(micro_batch_tokens=512), dirty)
     params = load_params("train_dpo", train_dpo.Params, REPO)
     train_dpo.main(BASE, params, dirty)
     metrics = read_json(dirty / "reports/train_dpo/metrics.json")
-    assert metrics["train_pairs"] + metrics["heldout_pairs"] == 2 * len(HOSTILE)
+    assert metrics["train_pairs"] + metrics["heldout_pairs"] + tokenized["judge_pairs"] == 2 * len(HOSTILE)
     assert math.isfinite(metrics["heldout"]["loss"])
     # nothing is named after a text
     assert {path.name for path in dirty.iterdir()} == {
-        "pairs.jsonl", "unseen.jsonl", "params.yaml", "models", "data", "reports"
+        "pairs.jsonl", "unseen.jsonl", "more.jsonl", "params.yaml", "models", "data", "reports"
     }  # fmt: skip
 
 

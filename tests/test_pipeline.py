@@ -21,6 +21,7 @@ STAGES = list(PIPELINE["stages"])
 IN_ORDER = [
     "fetch_base",
     "fetch_pairs",
+    "corrupt_answers",
     "tokenize_pairs",
     "reference_logps",
     "train_dpo",
@@ -193,7 +194,7 @@ def line_added_to(name: str, line: str):
         (change_of("sample_responses.temperature", 0.1), {"sample_responses", "publish_hub", "build_report"}),
         (change_of("publish_hub.name", "another-name"), {"publish_hub"}),
         (line_added_to("stages/lib/hub/card.md.jinja", "\nA sentence.\n"), {"publish_hub"}),
-        (change_of("fetch_base.path", "data/base_embedded.json"), EVERYTHING - {"fetch_pairs"}),
+        (change_of("fetch_base.path", "data/base_embedded.json"), EVERYTHING - {"fetch_pairs", "corrupt_answers"}),
         (
             line_added_to(
                 "data/pairs_embedded.jsonl", '{"prompt": "Are you new?", "chosen": "Yes!", "rejected": "No."}\n'

@@ -13,26 +13,44 @@ PARAMS = Params(max_prompt_length=256, max_completion_length=None, max_length=10
 TABLES = ("pairs", "reward", "prompts")
 
 
-def pairs_in(root, train, heldout=(("held", "out", "side"),), unseen=(("new", "text"),), on_bad_row="error"):
-    """data/pairs as fetch_pairs leaves it: rows from 1, one prompt_id per prompt."""
+def pairs_in(
+    root, train, heldout=(("held", "out", "side"),), judge=(("judged", "good", "bad"),), unseen=(("new", "text"),),
+    more=("more",), on_bad_row="error",
+):  # fmt: skip
+    """data/pairs and data/corrupted as the stages before leave them: rows from 1, one prompt_id per prompt.
+
+    The corrupted copies of every answer: of the kind "cut" a word, of the kind "late" the answer and 200 words.
+    """
     (root / "params.yaml").write_text(f"fetch_pairs:\n  on_bad_row: {on_bad_row}\n")
     row, ids = 0, {}
-    for name, rows in (("train", train), ("heldout", heldout)):
+    for name, rows in (("train", train), ("heldout", heldout), ("judge", judge)):
         columns = {key: [] for key in ("row", "prompt_id", "prompt", "chosen", "rejected")}
+        copies = {key: [] for key in (*columns, "kind")}
         for prompt, chosen, rejected in rows:
             row += 1
             values = (row, ids.setdefault(prompt, len(ids)), prompt, chosen, rejected)
             for key, value in zip(columns, values, strict=True):
                 columns[key].append(value)
+            for kind, copy in (("cut", "cut"), ("late", chosen + " late" * 200)):
+                for key, value in zip(copies, (*values[:-1], copy, kind), strict=True):
+                    copies[key].append(value)
         write_parquet(root / f"data/pairs/{name}.parquet", columns)
+        write_parquet(root / f"data/corrupted/{name}.parquet", copies)
+        twin = {"train": "negatives", "judge": "judge_short"}.get(name)
+        if twin:
+            write_parquet(root / f"data/corrupted/{twin}.parquet", copies)
     prompts, responses = zip(*unseen, strict=True)
     columns = {"row": list(range(1, len(prompts) + 1)), "prompt": list(prompts), "response": list(responses)}
     write_parquet(root / "data/pairs/unseen.parquet", columns)
+    columns = {"row": list(range(1, len(more) + 1)), "prompt": list(more)}
+    write_parquet(root / "data/pairs/eval_prompts.parquet", columns)
     return root
 
 
 def read_all(root):
-    names = [f"{table}_{split}" for table in TABLES for split in ("train", "heldout")] + ["unseen"]
+    names = [f"{table}_{split}" for table in (*TABLES, "reward_negatives") for split in ("train", "heldout")]
+    names += ["unseen", "pairs_negatives", "judge_pairs", "judge_corrupted", "judge_short", "prompts_judge"]
+    names += ["prompts_eval"]
     tables = {name: read_parquet(root / f"data/tokenized/{name}.parquet") for name in names}
     return tables, read_json(root / "reports/tokenize_pairs/metrics.json")
 
@@ -52,7 +70,55 @@ def test_the_tables_decode_to_the_texts(tiny_base, tokenizer):
     assert prompts["prompt_id"] == [0, 1] and prompts["prompt"] == ["Hi?", "Why?"]
     assert prompts["input_ids"] == [pairs["prompt_input_ids"][0], pairs["prompt_input_ids"][2]]
     assert tokenizer.decode(tables["unseen"]["response_input_ids"][0]) == "text<|im_end|>\n"
-    assert metrics["read"] == metrics["kept"] == 5 and metrics["dropped"] == {} and metrics["train_pairs"] == 3
+    assert metrics["read"] == metrics["kept"] == 7 and metrics["dropped"] == {} and metrics["train_pairs"] == 3
+
+
+def test_corrupted_copies_come_with_their_kind(tiny_base, tokenizer):
+    train = [("Hi?", "Hey you!", "Good day."), ("Why?", "Because so", "Unknown.")]
+    main(BASE, PARAMS, pairs_in(tiny_base, train))
+    tables, metrics = read_all(tiny_base)
+    for name in ("pairs_negatives", "reward_negatives_train"):
+        assert tables[name]["row"] == [1, 1, 2, 2] and tables[name]["prompt_id"] == [0, 0, 1, 1]
+        assert tables[name]["kind"] == ["cut", "late"] * 2
+    copies = tables["pairs_negatives"]
+    for side in ("prompt", "chosen"):
+        assert copies[f"{side}_input_ids"][::2] == tables["pairs_train"][f"{side}_input_ids"]
+    assert tokenizer.decode(copies["rejected_input_ids"][0]) == "cut<|im_end|>\n"
+    assert tokenizer.decode(copies["rejected_input_ids"][3]).startswith("Because so late late")
+    reward = tables["reward_negatives_train"]
+    assert reward["chosen_ids"][1::2] == tables["reward_train"]["chosen_ids"]
+    assert tokenizer.decode(reward["rejected_ids"][2]).endswith("assistant\ncut<|im_end|>")
+    assert metrics["corrupted"]["train"] == {"read": 4, "kept": 4}
+    assert tokenizer.decode(tables["judge_pairs"]["chosen_input_ids"][0]) == "good<|im_end|>\n"
+    for name in ("judge_corrupted", "judge_short"):
+        assert tokenizer.decode(tables[name]["rejected_input_ids"][0]) == "cut<|im_end|>\n"
+
+
+def test_copies_that_differ_only_after_the_cut_or_hold_a_special_token_go(tiny_base):
+    params = Params(max_prompt_length=100, max_completion_length=8, max_length=200)
+    main(BASE, params, pairs_in(tiny_base, [("Hi?", "Hey you! " * 9, "Good day."), ("Why?", "Because so", "No.")]))
+    tables, metrics = read_all(tiny_base)
+    assert tables["pairs_negatives"]["row"] == tables["reward_negatives_train"]["row"] == [1, 2, 2]
+    assert metrics["corrupted"]["train"] == {"read": 4, "kept": 3}
+    train = [("a", "<|im_end|>", "c"), ("d", "e", "f")]
+    main(BASE, PARAMS, pairs_in(tiny_base, train, on_bad_row="drop"))
+    tables, metrics = read_all(tiny_base)
+    assert tables["pairs_negatives"]["row"] == [2, 2] and metrics["corrupted"]["negatives"] == {
+        "read": 4,
+        "kept": 2,
+    }
+
+
+def test_prompts_to_measure_on_have_numbers_of_their_own(tiny_base, tokenizer):
+    main(BASE, PARAMS, pairs_in(tiny_base, [("a", "b", "c"), ("a", "d", "e")], more=("What now?", "And then?")))
+    tables, metrics = read_all(tiny_base)
+    # prompts 0 (train), 1 (held out), 2 (the judge's), then these
+    assert tables["prompts_judge"]["prompt_id"] == [2] and tables["prompts_eval"]["prompt_id"] == [3, 4]
+    assert tables["prompts_eval"]["prompt"] == ["What now?", "And then?"] and metrics["eval_prompts"] == 2
+    decoded = tokenizer.decode(tables["prompts_eval"]["input_ids"][0])
+    assert decoded.endswith("<|im_start|>user\nWhat now?<|im_end|>\n<|im_start|>assistant\n")
+    main(BASE, PARAMS, pairs_in(tiny_base, [("a", "b", "c")], more=()))
+    assert read_all(tiny_base)[0]["prompts_eval"] == {"prompt_id": [], "prompt": [], "input_ids": []}
 
 
 def test_limits_hold_and_the_generation_header_survives(tiny_base, tokenizer, embedded_pairs):
@@ -70,8 +136,8 @@ def test_limits_hold_and_the_generation_header_survives(tiny_base, tokenizer, em
             assert len(whole) == 56 and whole[-1] == tokenizer.eos_token_id
             assert whole[24:-1] == pairs[f"{side}_input_ids"][i][:-1]
     assert all(len(ids) == 24 for ids in tables["prompts_train"]["input_ids"])
-    # 20 pairs, one held out, one unseen text; short completions of the last two fit
-    assert metrics["cut"] == {"max_prompt_length": 22, "max_completion_length": 40, "max_length": 40}
+    # 20 pairs, one held out, one of the judge's, an unseen text, a prompt; short completions of the last three fit
+    assert metrics["cut"] == {"max_prompt_length": 24, "max_completion_length": 40, "max_length": 40}
 
 
 def test_every_reward_row_ends_in_its_only_last_eos(tiny_base, tokenizer, embedded_pairs):
@@ -93,7 +159,7 @@ def test_special_tokens_stop_the_stage_or_are_dropped_and_counted(tiny_base):
     assert not (root / "data/tokenized").exists()
     main(BASE, PARAMS, pairs_in(tiny_base, train, unseen=unseen, on_bad_row="drop"))
     tables, metrics = read_all(root)
-    assert metrics["read"] == 6 and metrics["kept"] == 3 and metrics["dropped"] == {"special_token": 3}
+    assert metrics["read"] == 8 and metrics["kept"] == 5 and metrics["dropped"] == {"special_token": 3}
     assert tables["pairs_train"]["row"] == [1] and tables["unseen"]["row"] == [1]
 
 
@@ -102,7 +168,7 @@ def test_same_input_same_bytes(tiny_base):
     for _ in range(2):
         main(BASE, PARAMS, pairs_in(tiny_base, [("a", "b", "c")]))
         digests.append([sha256_of_file(path) for path in sorted((tiny_base / "data/tokenized").iterdir())])
-    assert len(digests[0]) == 7 and digests[0] == digests[1]
+    assert len(digests[0]) == 15 and digests[0] == digests[1]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +207,7 @@ def test_any_texts_are_tokenized_or_refused_and_the_counts_add_up(tiny_base, tok
         assert any("<|" in text for row in train for text in row)
         return
     tables, metrics = read_all(root)
-    assert metrics["read"] == len(train) + 2 == metrics["kept"] + sum(metrics["dropped"].values())
+    assert metrics["read"] == len(train) + 4 == metrics["kept"] + sum(metrics["dropped"].values())
     pairs = tables["pairs_train"]
     for i, row in enumerate(pairs["row"]):
         _, chosen, rejected = train[row - 1]

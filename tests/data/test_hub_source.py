@@ -130,7 +130,8 @@ def test_a_data_set_is_downloaded_at_its_commit(tmp_path, hub):
     shutil.copy(REPO / "data/pairs_embedded.jsonl", published / "train.jsonl")
     (published / "README.md").write_text(CARD.format("mit"))
     (tmp_path / "data").mkdir()
-    shutil.copy(REPO / "data/unseen_embedded.jsonl", tmp_path / "data")
+    for name in ("unseen_embedded.jsonl", "prompts_embedded.jsonl"):
+        shutil.copy(REPO / "data" / name, tmp_path / "data")
     done = run_stage(tmp_path, hub, "fetch_pairs", hub_id="lab/pairs", revision=COMMIT)
     assert done.returncode == 0, done.stderr
     assert "may move" not in done.stderr
@@ -139,7 +140,7 @@ def test_a_data_set_is_downloaded_at_its_commit(tmp_path, hub):
     assert metrics["read"] == metrics["kept"] == 336
     rows = [
         row
-        for split in ("train", "heldout")
+        for split in ("train", "heldout", "judge")
         for row in read_parquet(tmp_path / f"data/pairs/{split}.parquet")["row"]
     ]
     assert sorted(rows) == list(range(1, 337))

@@ -66,7 +66,7 @@ def test_reward_rows_end_in_eos_and_nothing_after():
     columns = reward_columns([PAIR], ids, eos_token_id=2)
     assert columns["chosen_ids"].to_pylist() == [[1, 9, 5, 2]]
     assert columns["rejected_ids"].to_pylist() == [[1, 9, 6, 2]]
-    assert columns["row"] == [3]
+    assert columns["row"].to_pylist() == [3]
 
 
 def test_a_repeated_prompt_is_one_row_in_its_first_wording():
@@ -76,7 +76,7 @@ def test_a_repeated_prompt_is_one_row_in_its_first_wording():
         PAIR | {"prompt_id": 4, "prompt": "a"},
     ]
     columns = prompt_columns(rows, [{"prompt_input_ids": [i]} for i in range(3)])
-    assert columns["prompt_id"] == [4, 2] and columns["prompt"] == ["A?", "Hi?"]
+    assert columns["prompt_id"].to_pylist() == [4, 2] and columns["prompt"].to_pylist() == ["A?", "Hi?"]
     assert columns["input_ids"].to_pylist() == [[0], [1]]
 
 

@@ -83,6 +83,18 @@ def render_completion(
     return prompt_text, whole[len(prompt_text) :]
 
 
+def render_prompt(prompt: Messages, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """The prompt with its generation header.
+
+    Raises:
+        ChatError: the template fails; `where` names the prompt.
+    """
+    try:
+        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program and can raise anything
+        raise ChatError(f"{where}: the chat template fails: {error}") from error
+
+
 def tokenize_row(
     example: dict[str, str],
     tokenizer: PreTrainedTokenizerBase,

@@ -38,6 +38,12 @@ class Text(NamedTuple):
     response: str
 
 
+class Prompt(NamedTuple):
+    """A prompt without an answer, to measure on."""
+
+    prompt: str
+
+
 @dataclass(frozen=True)
 class Collected:
     """Rows that passed, by number, with a count of those that did not: read == len(rows) + sum(dropped)."""
@@ -56,7 +62,7 @@ class Collected:
         return Collected(self.name, self.read, rows, dropped)
 
 
-def collect(source: Source, check: Callable[[dict], Pair | Text | BadRow], on_bad_row: str) -> Collected:
+def collect(source: Source, check: Callable[[dict], Pair | Text | Prompt | BadRow], on_bad_row: str) -> Collected:
     """Reads and checks every row.
 
     Args:
@@ -66,7 +72,7 @@ def collect(source: Source, check: Callable[[dict], Pair | Text | BadRow], on_ba
     Raises:
         PairError: a bad row under 'error', or no good one at all.
     """
-    rows: dict[int, Pair | Text] = {}
+    rows: dict[int, Pair | Text | Prompt] = {}
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}  # an example of each reason
     ignored: set[str] = set()
@@ -111,6 +117,11 @@ def check_text(row: dict[str, Any]) -> Text | BadRow:
     return _text_problem(row, Text._fields) or Text(row["prompt"], row["response"])
 
 
+def check_prompt(row: dict[str, Any]) -> Prompt | BadRow:
+    """A row's prompt; other columns are ignored."""
+    return _text_problem(row, Prompt._fields) or Prompt(row["prompt"])
+
+
 def without_duplicates(collected: Collected) -> Collected:
     """Drops rows equal to an earlier one in every text."""
     first = {texts: number for number, texts in reversed(collected.rows.items())}
@@ -149,6 +160,31 @@ def heldout_prompts(num_prompts: int, fraction: float, seed: int) -> set[int]:
         raise PairError(f"{num_prompts} distinct prompt: nothing is left after the split; give at least two")
     size = min(max(round(num_prompts * fraction), 1), num_prompts - 1)
     return set(shuffled(num_prompts, seed, HELDOUT_PROMPTS)[:size])
+
+
+def judge_prompts(num_prompts: int, heldout: set[int], fraction: float, seed: int) -> set[int]:
+    """Prompt ids to set apart for the judge, at random among those not held out: the fraction of all prompts,
+    rounded, but at least one and not all that are left. Drawn apart from the held-out ones, which stay the same.
+
+    Raises:
+        PairError: one prompt is left to train on and to judge by.
+    """
+    left = [prompt_id for prompt_id in range(num_prompts) if prompt_id not in heldout]
+    if len(left) < 2:
+        raise PairError(
+            f"{num_prompts} distinct prompts: nothing is left to train on after the split into training, "
+            "held-out and judge's prompts; give at least three, or lower fetch_pairs.holdout_fraction"
+        )
+    size = min(max(round(num_prompts * fraction), 1), len(left) - 1)
+    return {left[place] for place in shuffled(len(left), seed, "judge_prompts")[:size]}
+
+
+def without_prompts(collected: Collected, prompts: set[str]) -> Collected:
+    """Drops rows whose prompt, normalised, is among `prompts`, or that of an earlier row."""
+    first = {normalise_prompt(row.prompt): number for number, row in reversed(collected.rows.items())}
+    collected = collected.keep(sorted(first.values()), "repeated_prompt")
+    seen = {number for number, row in collected.rows.items() if normalise_prompt(row.prompt) in prompts}
+    return collected.keep([number for number in collected.rows if number not in seen], "prompt_of_a_pair")
 
 
 def spell_counts(counts: Counter[str]) -> str:

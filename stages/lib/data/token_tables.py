@@ -11,6 +11,7 @@ from stages.lib.data.chat import (
     apply_chat_template,
     closed_by_eos,
     render_completion,
+    render_prompt,
     text_ids,
     to_implicit_prompt_preferences,
     tokenize_row,
@@ -22,11 +23,6 @@ Row = dict[str, Any]  # a row of data/pairs
 Ids = dict[str, list[int]]  # prompt_input_ids and its completions, named alike
 
 
-def rows_of(columns: dict[str, list]) -> list[Row]:
-    """Columns as a list of rows."""
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
 def without_special_tokens(rows: list[Row], pattern: re.Pattern[str], file: str, on_bad_row: str) -> list[Row]:
     """The rows of whose texts none contains a special token of the model.
 
@@ -36,7 +32,7 @@ def without_special_tokens(rows: list[Row], pattern: re.Pattern[str], file: str,
         on_bad_row: 'error' stops at such a row, 'drop' leaves it out.
 
     Raises:
-        UserError: such a row under 'error', or no other row at all.
+        UserError: such a row under 'error', or no other row beside such.
     """
     good, first = [], None
     for row in rows:
@@ -51,17 +47,20 @@ def without_special_tokens(rows: list[Row], pattern: re.Pattern[str], file: str,
         first = first or message
     if first:
         print(f"dropped {len(rows) - len(good)} rows (special_token), the first: {first}")
-    if not good:
+    if first and not good:
         raise UserError(f"{file}: no row of {len(rows)} is left; {first}")
     return good
 
 
 def token_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Ids:
-    """Uncut token ids of a pair, or of an unseen text as prompt_input_ids and response_input_ids."""
-    if "response" not in row:
+    """Uncut token ids of a pair, of an unseen text ({prompt,response}_input_ids) or of a mere prompt."""
+    if "chosen" in row:
         example = to_implicit_prompt_preferences(row) | {"row": row["row"]}
         return tokenize_row(apply_chat_template(example, tokenizer), tokenizer, None, None)
     question = [{"role": "user", "content": row["prompt"]}]
+    if "response" not in row:
+        where = f"row {row['row']} of the prompts to measure on"
+        return {"prompt_input_ids": text_ids(render_prompt(question, tokenizer, where), tokenizer)}
     answer = [{"role": "assistant", "content": row["response"]}]
     prompt, response = render_completion(question, answer, tokenizer, f"row {row['row']} of the unseen texts")
     return {
@@ -87,14 +86,30 @@ def count_cuts(
     return cuts
 
 
-def pair_columns(rows: list[Row], ids: list[Ids]) -> dict[str, Any]:
-    """DPO's table: row, prompt_id, prompt_input_ids, chosen_input_ids, rejected_input_ids."""
-    return _numbers(rows, "row", "prompt_id") | {name: _ids([row[name] for row in ids]) for name in ids[0]}
+def corrupted_rows(rows: list[Row], ids: list[Ids], pattern: re.Pattern[str]) -> tuple[list[Row], list[Ids]]:
+    """The corrupted copies that can be used: those of the same token ids as the original after the cut, and those
+    that hold a special token, their own or their original's, are not."""
+    good = [
+        (row, row_ids)
+        for row, row_ids in zip(rows, ids, strict=True)
+        if row_ids["chosen_input_ids"] != row_ids["rejected_input_ids"]
+        and not any(pattern.search(row[name]) for name in ("prompt", "chosen", "rejected"))
+    ]
+    return [row for row, _ in good], [row_ids for _, row_ids in good]
 
 
-def reward_columns(rows: list[Row], ids: list[Ids], eos_token_id: int) -> dict[str, Any]:
-    """The reward model's table: row, prompt_id, chosen_ids, rejected_ids, each ending in its one last EOS."""
-    columns = _numbers(rows, "row", "prompt_id")
+def pair_columns(rows: list[Row], ids: list[Ids], with_kind: bool = False) -> dict[str, Any]:
+    """DPO's table: row, prompt_id, {prompt,chosen,rejected}_input_ids; of corrupted copies their kind too."""
+    return _numbers(rows, with_kind) | {
+        f"{part}_input_ids": _ids([row[f"{part}_input_ids"] for row in ids])
+        for part in ("prompt", "chosen", "rejected")
+    }
+
+
+def reward_columns(rows: list[Row], ids: list[Ids], eos_token_id: int, with_kind: bool = False) -> dict[str, Any]:
+    """The reward model's table: row, prompt_id, chosen_ids, rejected_ids, each ending in its one last EOS; of
+    corrupted copies their kind too."""
+    columns = _numbers(rows, with_kind)
     for side in ("chosen", "rejected"):
         whole = [closed_by_eos(row["prompt_input_ids"], row[f"{side}_input_ids"], eos_token_id) for row in ids]
         columns[f"{side}_ids"] = _ids(whole)
@@ -107,15 +122,16 @@ def prompt_columns(rows: list[Row], ids: list[Ids]) -> dict[str, Any]:
     for index, row in enumerate(rows):
         first.setdefault(row["prompt_id"], index)
     return {
-        "prompt_id": list(first),
-        "prompt": [rows[index]["prompt"] for index in first.values()],
+        "prompt_id": pa.array(list(first), pa.int64()),
+        "prompt": pa.array([rows[index]["prompt"] for index in first.values()], pa.string()),
         "input_ids": _ids([ids[index]["prompt_input_ids"] for index in first.values()]),
     }
 
 
 def text_columns(rows: list[Row], ids: list[Ids]) -> dict[str, Any]:
     """The unseen texts' table: row, prompt_input_ids, response_input_ids."""
-    return _numbers(rows, "row") | {name: _ids([row[name] for row in ids]) for name in ids[0]}
+    columns = {"row": [row["row"] for row in rows]}
+    return columns | {name: _ids([row[name] for row in ids]) for name in ids[0]}
 
 
 def length_statistics(rows: list[Ids]) -> dict[str, dict[str, float]]:
@@ -135,8 +151,9 @@ def length_statistics(rows: list[Ids]) -> dict[str, dict[str, float]]:
     }
 
 
-def _numbers(rows: list[Row], *names: str) -> dict[str, Any]:
-    return {name: [row[name] for row in rows] for name in names}
+def _numbers(rows: list[Row], with_kind: bool) -> dict[str, Any]:
+    types = {"row": pa.int64(), "prompt_id": pa.int64()} | ({"kind": pa.string()} if with_kind else {})
+    return {name: pa.array([row[name] for row in rows], of) for name, of in types.items()}
 
 
 def _ids(rows: list[list[int]]) -> pa.Array:

@@ -98,6 +98,11 @@ def read_parquet(path: Path) -> dict[str, list]:
     return pq.read_table(path).to_pydict()
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """A parquet file's rows."""
+    return pq.read_table(path).to_pylist()
+
+
 def write_history(path: Path, rows: list[dict[str, Any]]) -> None:
     """One CSV row per logged step, floats at full precision, columns in the first row's order.
 
