@@ -1,83 +1,110 @@
-"""Train the policy with PPO against the reward model, at a price for leaving the frozen start.
+"""Train the policy with PPO (arXiv:1707.06347) against the reward model, at a price for leaving the frozen start.
 
-Reads   models/<policy> (start and reference), models/reward (score and value), data/tokenized/prompts_*.parquet
+Reads   models/<policy> (start and reference), models/reward, data/tokenized/prompts_{train,judge}.parquet
 Writes  models/ppo                             policy weights and tokenizer
+        data/courses/ppo.parquet               the answers to the judge's prompts at every look
         reports/train_ppo/history.csv          one row per update, TRL's metric names
-        reports/train_ppo/evaluations.csv      one row per look at held-out prompts during training
-        reports/train_ppo/heldout_scores.csv   scores of held-out prompts, answered before and after
-        reports/train_ppo/metrics.json         did it help: the gain with its interval, KL, and what else changed
+        reports/train_ppo/evaluations.csv      one row per look
+        reports/train_ppo/metrics.json         which update was kept, and what the objective gained there
         reports/train_ppo/run.json             seconds by phase, tokens/s, memory, versions
 
 Run     dvc repro train_ppo                    (untracked: python -m stages.train_ppo)
+        LAUNCH="torchrun --nproc_per_node 2" dvc repro train_ppo    the same result but for rounding
 """
 
+import dataclasses
 import math
-import tempfile
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
-from datasets import Dataset
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.optimizer import AcceleratedOptimizer
 from pydantic import Field, model_validator
-from transformers import PreTrainedTokenizerBase, ProgressCallback
+from torch import Tensor
+from tqdm import tqdm
+from transformers import get_scheduler
 
-from stages.lib.analysis.stats import mean_interval
-from stages.lib.analysis.text_features import count_emoji, count_exclamations, count_questions, distinct_n
+from stages.lib.model.attention import use_packed_attention
 from stages.lib.model.loading import (
     load_causal_lm,
     load_tokenizer,
+    make_accelerator,
     pick_device,
     pick_precision,
     save_model,
     set_seed,
 )
+from stages.lib.model.logps import TokenLogps
 from stages.lib.model.reward import load_reward_model
-from stages.lib.rl.ppo import Answers, PPOTrainer
-from stages.lib.rl.ppo_config import PPOConfig
+from stages.lib.rl.advantages import explained_variance, gae, leave_one_out, whiten
+from stages.lib.rl.critics import Critic, FrozenCritic, SeparateCritic
+from stages.lib.rl.looks import Course, babbles, habits
+from stages.lib.rl.losses import policy_losses
+from stages.lib.rl.rewards import (
+    adapted_kl_coef,
+    penalize_unfinished,
+    score_scale,
+    sum_by_answer,
+    token_kl,
+    token_rewards,
+)
+from stages.lib.rl.rollout import Actor, FrozenSide, Rollout
+from stages.lib.rl.steps import Collapse, optimizer_step
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.checkpoints import Checkpoints
-from stages.lib.run.draws import draw
+from stages.lib.run.draws import draw, shuffled
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, Section
+from stages.lib.run.phases import Phases
 from stages.lib.run.stage import run_stage
-
-BOOTSTRAP_SAMPLES = 10_000
-CONFIDENCE = 0.95
+from stages.lib.run.tracking import tracked
 
 
 class Params(Section):
     policy: Literal["base", "dpo"]  # where PPO starts, which is also its frozen reference
-    episodes: int = Field(gt=0)  # prompts answered in training, repeats included
-    batch_size: int = Field(gt=0)  # episodes per update
+    episodes: int = Field(gt=0)  # answers in training
+    batch_size: int = Field(gt=0)  # episodes per update, over all processes
+    answers_per_prompt: int = Field(gt=0)  # answers to one prompt in an update
     num_mini_batches: int = Field(gt=0)  # optimizer steps per pass over an update's episodes
     num_ppo_epochs: int = Field(gt=0)  # passes over an update's episodes
-    learning_rate: float = Field(gt=0)  # of the policy, decaying linearly to 0
-    value_learning_rate: float = Field(gt=0)  # of the value model, likewise
+    learning_rate: float = Field(gt=0)  # of the policy, peak
+    schedule: Literal["constant", "linear", "cosine"]  # of the learning rate, after warm-up
+    warmup_updates: int = Field(ge=0)
     response_length: int = Field(gt=0)  # tokens, at most
-    temperature: float = Field(gt=0)  # of sampling, in training and evaluation
+    temperature: float = Field(gt=0)  # of sampling
     kl_coef: float = Field(ge=0)  # price of one nat of KL to the reference, per token
     kl_target: float | None = Field(gt=0)  # nats per answer that kl_coef is adapted to; or fixed
+    kl_estimator: Literal["k1", "k3"]  # of the KL that is priced
     target_kl: float | None = Field(gt=0)  # approxkl above which an update leaves the policy alone
     missing_eos_penalty: float = Field(ge=0)  # taken off the score of an answer that does not end
     score_norm_episodes: int = Field(ge=0)  # reference answers that set the scores' mean 0 and sd 1; 0: raw scores
-    value_warmup_updates: int = Field(ge=0)  # first updates train the value model alone
+    advantages: Literal["gae", "rloo"]  # over a critic's values; or against the other answers to the prompt
+    critic: Literal["frozen", "separate"]  # of gae: a read-out of the frozen side; or a value model of its own
+    value_warmup_updates: int = Field(ge=0)  # first updates train the critic alone
+    value_learning_rate: float = Field(gt=0)  # of the separate critic, decaying linearly to 0
+    cliprange_value: float = Field(gt=0)  # of the separate critic's values
+    vf_coef: float = Field(ge=0)  # weight of the separate critic's loss
     whiten_advantages: bool  # to mean 0 and variance 1
     gamma: float = Field(gt=0, le=1)  # discount
     lam: float = Field(gt=0, le=1)  # of GAE
     cliprange: float = Field(gt=0)  # of the probability ratio
-    cliprange_value: float = Field(gt=0)  # of the value
-    vf_coef: float = Field(ge=0)  # weight of the value loss
-    max_grad_norm: float = Field(ge=0)  # clipping, of policy and value model apart; 0: none
+    max_grad_norm: float = Field(ge=0)  # clipping; 0: none
     max_kl: float = Field(gt=0)  # nats per answer above which the policy counts as collapsed, or is not kept
     min_entropy: float = Field(ge=0)  # nats per token below which the policy counts as collapsed
-    eval_prompts: int | None = Field(gt=0)  # held-out prompts answered before and after; null: all
-    eval_every: int = Field(ge=0)  # updates between looks at them, to keep the best policy; 0: keep the last
+    look_prompts: int = Field(gt=0)  # judge prompts answered at every look
+    look_every: int = Field(ge=0)  # updates between looks, the best of which is kept; 0: keep the last
     micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward and backward pass
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.batch_size % self.num_mini_batches:
             raise ValueError("batch_size must be a multiple of num_mini_batches")
+        if self.batch_size % self.answers_per_prompt:
+            raise ValueError("batch_size must be a multiple of answers_per_prompt")
+        if self.advantages == "rloo" and self.answers_per_prompt < 2:
+            raise ValueError("advantages: rloo needs answers_per_prompt of at least 2")
         if self.num_updates <= self.value_warmup_updates:
             raise ValueError("value_warmup_updates leave no update to the policy")
         return self
@@ -87,155 +114,365 @@ class Params(Section):
         return math.ceil(self.episodes / self.batch_size)
 
 
-def config_of(params: Params, base: Base, precision: str, use_cpu: bool, folder: str) -> PPOConfig:
-    """TRL's configuration, each knob of ours by name."""
-    return PPOConfig(
-        output_dir=folder,
-        total_episodes=params.episodes,
-        per_device_train_batch_size=params.batch_size,
-        gradient_accumulation_steps=1,  # a batch is split by micro_batch_tokens
-        num_mini_batches=params.num_mini_batches,
-        num_ppo_epochs=params.num_ppo_epochs,
-        local_rollout_forward_batch_size=64,  # answers generated at a time; TRL's default
-        learning_rate=params.learning_rate,
-        value_learning_rate=params.value_learning_rate,
-        response_length=params.response_length,
-        stop_token="eos",  # unset, TRL never stops an answer
-        temperature=params.temperature,
-        kl_coef=params.kl_coef,
-        kl_target=params.kl_target,
-        target_kl=params.target_kl,
-        missing_eos_penalty=params.missing_eos_penalty,
-        score_norm_episodes=params.score_norm_episodes,
-        value_warmup_updates=params.value_warmup_updates,
-        whiten_advantages=params.whiten_advantages,
-        gamma=params.gamma,
-        lam=params.lam,
-        cliprange=params.cliprange,
-        cliprange_value=params.cliprange_value,
-        vf_coef=params.vf_coef,
-        max_grad_norm=params.max_grad_norm,
-        max_kl=params.max_kl,
-        min_entropy=params.min_entropy,
-        eval_every=params.eval_every,
-        micro_batch_tokens=params.micro_batch_tokens,
-        seed=base.seed,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        use_cpu=use_cpu,
-        num_sample_generations=0,
-        save_strategy="no",  # models/ppo is written at the end
-        report_to="none",
-        logging_steps=1,
-    )
+def prompts_of_update(num_prompts: int, params: Params, seed: int, update: int) -> list[int]:
+    """Which prompts update 1, 2, ... answers: every pass over them in a fresh random order, without gaps.
+
+    A pure function of seed and update: a resumed run replays nothing.
+    """
+    count = params.batch_size // params.answers_per_prompt
+    places = range((update - 1) * count, update * count)
+    epochs = {at // num_prompts for at in places}
+    orders = {epoch: shuffled(num_prompts, seed, f"ppo_prompts of pass {epoch}") for epoch in epochs}
+    picked = [orders[at // num_prompts][at % num_prompts] for at in places]
+    return [prompt for prompt in picked for _ in range(params.answers_per_prompt)]
 
 
-class ScoreBar(ProgressCallback):
-    """TRL's progress bar with score and KL beside it, in place of a line of all figures per update."""
-
-    def on_log(self, args, state, control, logs=None, **_):
-        if self.training_bar is not None:
-            self.training_bar.set_postfix({name: f"{logs[f'objective/{name}']:.2f}" for name in ("scores", "kl")})
-
-
-def habits_of(answers: Answers, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """How a policy answers: what its score may have been bought with. Marks and emoji are counted per answer."""
-    texts = tokenizer.batch_decode(answers.responses, skip_special_tokens=True)
-    return {
-        "eos_rate": float(np.mean(answers.ended)),
-        "response_length": float(np.mean([len(ids) for ids in answers.responses])),
-        "entropy": answers.entropy,
-        "distinct_2": distinct_n(texts, 2),
-        "question_rate": float(np.mean([count_questions(text) for text in texts])),
-        "exclamation_rate": float(np.mean([count_exclamations(text) for text in texts])),
-        "emoji_rate": float(np.mean([count_emoji(text) for text in texts])),
-    }
+def mini_batches_of_update(params: Params, seed: int, update: int) -> list[list[int]]:
+    """The answers of each of the update's optimizer steps: `num_ppo_epochs` passes, each in a fresh order."""
+    size = params.batch_size // params.num_mini_batches
+    steps = []
+    for epoch in range(params.num_ppo_epochs):
+        order = shuffled(params.batch_size, seed, f"ppo_mini_batches of update {update}, pass {epoch}")
+        steps += [order[start : start + size] for start in range(0, len(order), size)]
+    return steps
 
 
-def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
-    with Checkpoints("train_ppo", root, base, params) as checkpoints:
-        return train_and_report(base, params, root, checkpoints)
-
-
-def train_and_report(base: Base, params: Params, root: Path, checkpoints: Checkpoints) -> dict:
+def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     device = pick_device()
     precision = pick_precision(base.precision, device)
-    train = read_parquet(root / "data/tokenized/prompts_train.parquet")
-    heldout = read_parquet(root / "data/tokenized/prompts_heldout.parquet")
-    drawn = draw(len(heldout["prompt_id"]), params.eval_prompts, base.seed, "eval_prompts")
-    heldout = {name: [values[i] for i in drawn] for name, values in heldout.items()}
-    if len(train["input_ids"]) < params.batch_size:
+    accelerator = make_accelerator(device, precision)
+    if accelerator.distributed_type == DistributedType.FSDP:
         raise UserError(
-            f"{len(train['input_ids'])} training prompts are fewer than train_ppo.batch_size={params.batch_size}"
+            "PPO samples from the whole policy in every process: LAUNCH it with torchrun, not with FSDP"
         )
-    tokenizer = load_tokenizer(root / "models/reward")
     set_seed(base.seed)
+    tokenizer = load_tokenizer(root / "models/reward")
+    train = read_parquet(root / "data/tokenized/prompts_train.parquet")["input_ids"]
+    looked = read_parquet(root / "data/tokenized/prompts_judge.parquet")
+    chosen = draw(len(looked["prompt_id"]), params.look_prompts, base.seed, "look_prompts")
+    look_prompts = [looked["input_ids"][i] for i in chosen]
 
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = PPOTrainer(
-            args=config_of(params, base, precision, device.type == "cpu", scratch),
-            processing_class=tokenizer,
-            model=load_causal_lm(root / "models" / params.policy),
-            ref_model=load_causal_lm(root / "models" / params.policy),
-            reward_model=load_reward_model(root / "models/reward"),
-            value_model=load_reward_model(root / "models/reward"),
-            train_dataset=Dataset.from_dict({"input_ids": train["input_ids"]}),
-            eval_dataset=Dataset.from_dict({"input_ids": heldout["input_ids"]}),
+    # the policy, and the frozen side: its start as the reference, and the reward model
+    start = root / "models" / params.policy
+    policy = TokenLogps(load_causal_lm(start, accelerator.device), params.temperature)
+    frozen = FrozenSide(
+        load_causal_lm(start, accelerator.device),
+        load_reward_model(root / "models/reward", accelerator.device),
+        params.temperature,
+        tokenizer.eos_token_id,
+        precision,
+        max(params.micro_batch_tokens, 4096),  # without a backward pass
+    )
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=params.learning_rate, weight_decay=0.0, fused=True)
+    wrapped, optimizer = accelerator.prepare(policy, optimizer)
+    schedule = "constant_with_warmup" if params.schedule == "constant" else params.schedule
+    scheduler = get_scheduler(schedule, optimizer.optimizer, params.warmup_updates, params.num_updates)
+    actor = Actor(policy, tokenizer, accelerator, precision, params.response_length, frozen.micro_batch_tokens)
+    phases = Phases(accelerator.device)
+
+    def fit_score_scale() -> tuple[float, float]:
+        """Mean and spread of the start's own scores (arXiv:1909.08593, section 2.1): the unit of what follows."""
+        if not params.score_norm_episodes:
+            return 0.0, 1.0
+        prompts = [
+            train[i] for i in draw(len(train), params.score_norm_episodes, base.seed, "score_norm_episodes")
+        ]
+        rollout = frozen.judge(actor.roll_out(prompts, base.seed + 1))[0].gathered(accelerator)
+        return score_scale(rollout.raw_scores)
+
+    def scores_of(rollout: Rollout) -> Tensor:
+        """(B,) normalised, less the penalty for answers that do not end: with the KL's price, the objective."""
+        mean, std = state["score_scale"]
+        return penalize_unfinished((rollout.raw_scores - mean) / std, rollout.ended, params.missing_eos_penalty)
+
+    def look(update: int) -> None:
+        """Answers the judge's prompts; the policy with the best objective yet, at a KL within max_kl, is kept."""
+        with phases("looks"):
+            rollout = frozen.judge(actor.roll_out(look_prompts, base.seed))[0].gathered(accelerator)
+        kl = sum_by_answer(rollout.logps - rollout.ref_logps, rollout.lengths).mean().item()
+        objective = scores_of(rollout).mean().item() - state["kl_coef"] * kl
+        if not math.isfinite(objective):
+            raise Collapse(f"the objective is {objective}")
+        best = max((row["objective"] for row in state["evaluations"] if row["kept"]), default=-math.inf)
+        kept = objective > best and kl <= params.max_kl
+        how = habits(rollout.responses, tokenizer)
+        state["evaluations"].append(
+            {
+                "update": update,
+                "episode": update * params.batch_size,
+                "objective": objective,
+                "score": rollout.raw_scores.mean().item(),
+                "kl": kl,
+                "entropy": rollout.entropies.mean().item(),
+                **how,
+                "kept": kept,
+            }
         )
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ScoreBar)
-        # the same prompts and random numbers before and after; other numbers than those that chose the policy
-        before = trainer.answer(heldout["input_ids"], seed=base.seed + 1_000_000)
-        trainer.train(checkpoints)
-        if trainer.collapsed and trainer.kept_update is None:
+        course.add(update, update * params.batch_size, rollout)
+        if kept and update:  # the start itself need not be copied
+            state["best"] = {name: p.detach().to("cpu", copy=True) for name, p in policy.model.named_parameters()}
+        if (warning := babbles(how, state["evaluations"][0])) and accelerator.is_main_process:
+            tqdm.write(f"train_ppo: warning: update {update}: the policy {warning}")
+
+    with Checkpoints("train_ppo", root, base, params) as checkpoints, tracked("train_ppo", params) as log:
+        critic = make_critic(root, params, accelerator, precision)
+        saved = checkpoints.load(
+            policy=policy.model,
+            critic=critic,
+            optimizer=optimizer.optimizer,
+            scheduler=scheduler,
+            scaler=accelerator.scaler,
+        )
+        state: dict[str, Any] = saved.get("state") or {
+            "score_scale": fit_score_scale(),
+            "kl_coef": params.kl_coef,
+            "history": [],
+            "evaluations": [],
+            "best": {},
+            "course": {},
+            "tokens": 0,
+        }
+        if isinstance(critic, SeparateCritic):
+            critic.normalise_by(*state["score_scale"])
+        history, course = state["history"], Course([looked["prompt_id"][i] for i in chosen], state["course"])
+        collapsed = None
+        updates = range(len(history) + 1, params.num_updates + 1)
+        silent = not accelerator.is_main_process
+        bar = tqdm(updates, "train_ppo", params.num_updates, initial=len(history), unit="update", disable=silent)
+        update = 0
+        try:
+            if not state["evaluations"]:
+                look(0)
+            for update in bar:
+                prompts = [train[i] for i in prompts_of_update(len(train), params, base.seed, update)]
+                # 1. Rollout: the policy answers the prompts, and reads its answers once
+                with phases("rollout"):
+                    own = actor.roll_out(prompts, base.seed + 1 + update)
+                # 2. The frozen side reads every answer once: reference log-probs, score, critic features
+                with phases("frozen side"):
+                    own, features = frozen.judge(own)
+                with phases("critic"):
+                    values = critic.values(own, features) if critic else torch.zeros_like(own.logps)
+                rollout = dataclasses.replace(own, values=values).gathered(accelerator)
+                lengths = rollout.lengths
+                # 3. Per-token rewards: the price of KL on every token, the score on the last one
+                kl = token_kl(rollout.logps, rollout.ref_logps, params.kl_estimator)
+                scores = scores_of(rollout)
+                rewards = token_rewards(kl, scores, lengths, state["kl_coef"])
+                # 4. Advantages: against the critic's values, or against the other answers to the same prompt
+                if critic:
+                    advantages = gae(rewards, rollout.values, lengths, params.gamma, params.lam)
+                else:
+                    better = leave_one_out(sum_by_answer(rewards, lengths), params.answers_per_prompt)
+                    advantages = better.repeat_interleave(lengths)
+                returns = advantages + rollout.values
+                if params.whiten_advantages:
+                    advantages = whiten(advantages)
+                # 5. Optimizer steps on the clipped surrogate over shuffled mini-batches; the critic learns
+                mini_batches = mini_batches_of_update(params, base.seed, update)
+                steps = []
+                with phases("policy update"):
+                    if update > params.value_warmup_updates:
+                        steps = update_policy(
+                            accelerator, wrapped, optimizer, rollout, advantages, mini_batches, params
+                        )
+                learning_rate = scheduler.get_last_lr()[0]
+                scheduler.step()
+                with phases("critic"):
+                    learned = critic.learn(rollout, returns, own, features, mini_batches) if critic else {}
+                # 6. What happened
+                learned |= {"val/explained_variance": explained_variance(rollout.values, returns)}
+                metrics = metrics_of(rollout, kl, scores, steps, state["kl_coef"])
+                how = habits(rollout.responses, tokenizer)
+                head = {"step": update, "episode": update * params.batch_size}
+                history.append(head | metrics | learned | how | {"lr": learning_rate})
+                state["tokens"] += sum(map(len, prompts)) + int(lengths.sum())
+                log(history[-1])
+                bar.set_postfix({name: f"{metrics[f'objective/{name}']:.2f}" for name in ("scores", "kl")} | how)
+                check_health(history[-1], params)
+                if params.kl_target is not None:
+                    state["kl_coef"] = adapted_kl_coef(state["kl_coef"], metrics["objective/kl"], params.kl_target)
+                if update == params.num_updates or (params.look_every and update % params.look_every == 0):
+                    look(update)
+                checkpoints.save_if_due(state=state)
+        except Collapse as collapse:
+            collapsed = f"update {update} of {params.num_updates}: {collapse}"
+        kept = (
+            max((row["update"] for row in state["evaluations"] if row["kept"]), default=0)
+            if params.look_every
+            else None
+        )
+        if collapsed and not kept:
             raise UserError(
-                f"PPO collapsed before any policy was worth keeping: {trainer.collapsed}. Lower "
+                f"PPO collapsed before any policy was better than the start: {collapsed}. Lower "
                 "train_ppo.learning_rate, raise train_ppo.kl_coef or set train_ppo.target_kl"
             )
-        after = trainer.answer(heldout["input_ids"], seed=base.seed + 1_000_000)
-
-    gain = mean_interval(
-        np.subtract(after.scores, before.scores), heldout["prompt_id"], BOOTSTRAP_SAMPLES, CONFIDENCE, base.seed
-    )
-    metrics = {
-        "episodes": trainer.state.episode,
-        "updates": trainer.state.global_step,
-        "kept_update": trainer.kept_update or trainer.state.global_step,
-        "stopped_early": trainer.collapsed,
-        "heldout_prompts": len(heldout["prompt_id"]),
-        "score_before": float(np.mean(before.scores)),
-        "score_after": float(np.mean(after.scores)),
-        **gain.as_metrics("score_gain"),
-        "kl": float(np.mean(after.kl)),
-        "before": habits_of(before, tokenizer),
-        "after": habits_of(after, tokenizer),
-    }
-    scores = zip(heldout["prompt_id"], before.scores, after.scores, strict=True)
-    names = ("prompt_id", "score_before", "score_after")
-    history = [{"step": row["step"]} | row for row in trainer.state.log_history]
-    reports = root / "reports/train_ppo"
-    save_model(trainer.policy, tokenizer, root / "models/ppo")
-    write_history(reports / "history.csv", round_floats([without_times(row) for row in history], 8))
-    write_history(reports / "evaluations.csv", round_floats(trainer.evaluations, 8))
-    write_history(
-        reports / "heldout_scores.csv", round_floats([dict(zip(names, row, strict=True)) for row in scores], 8)
-    )
-    write_json(reports / "metrics.json", round_floats(metrics))
-    if trainer.collapsed:
-        print(f"stopped early, {trainer.collapsed}; kept the policy of update {metrics['kept_update']}")
-    print(f"wrote models/ppo and {reports}: held-out score {gain.format(sign=True)}, KL {metrics['kl']:.2f} nats")
+        if accelerator.is_main_process:
+            if kept is not None and (collapsed or kept < len(history)):
+                put_back(policy.model, state["best"] if kept else dict(load_causal_lm(start).named_parameters()))
+            save_model(policy.model, tokenizer, root / "models/ppo")
+            course.write(root / "data/courses/ppo.parquet")
+            write_reports(root, state, kept, collapsed)
     return {
-        "tokens": trainer.tokens,
+        "tokens": state["tokens"],
         "device": device.type,
+        "processes": accelerator.num_processes,
         "precision": precision,
-        "shared_backbone": trainer.shares_backbone,
-        "phase_seconds": dict(trainer.phase_seconds),
+        "shared_backbone": frozen.shares_backbone,
+        "phase_seconds": dict(phases.seconds),
     }
 
 
-def without_times(row: dict[str, float]) -> dict[str, float]:
-    """A history row that is the same on every machine: TRL's episodes per second left out."""
-    return {name: value for name, value in row.items() if name != "eps"}
+def make_critic(root: Path, params: Params, accelerator: Accelerator, precision: str) -> Critic | None:
+    """The critic that `params` asks for; none for leave-one-out advantages."""
+    if params.advantages == "rloo":
+        return None
+    model = load_reward_model(root / "models/reward", accelerator.device)
+    if params.critic == "frozen":
+        return FrozenCritic(model.config.hidden_size, accelerator)
+    return SeparateCritic(
+        model,
+        accelerator,
+        precision,
+        learning_rate=params.value_learning_rate,
+        num_updates=params.num_updates,
+        vf_coef=params.vf_coef,
+        cliprange_value=params.cliprange_value,
+        max_grad_norm=params.max_grad_norm,
+        micro_batch_tokens=params.micro_batch_tokens,
+    )
+
+
+def update_policy(
+    accelerator: Accelerator,
+    wrapped: torch.nn.Module,
+    optimizer: AcceleratedOptimizer,
+    rollout: Rollout,
+    advantages: Tensor,
+    mini_batches: list[list[int]],
+    params: Params,
+) -> list[dict[str, float]]:
+    """One optimizer step per mini-batch on the clipped surrogate (PPO, Eq. 7), until target_kl forbids it."""
+
+    def losses_of(output: tuple[Tensor, Tensor], tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logps, entropies = output
+        old_logps = rollout.logps[tokens].to(logps.device)
+        losses, clipped = policy_losses(logps, old_logps, advantages[tokens].to(logps.device), params.cliprange)
+        difference = (logps - old_logps).detach()
+        return losses, {
+            "clipfrac": clipped.float(),
+            "entropy": entropies,
+            "approxkl": 0.5 * difference**2,
+            "ratio": difference.exp(),
+            "ratio_error_max": (difference.exp() - 1).abs(),
+        }
+
+    def too_far(means: dict[str, float]) -> bool:
+        return params.target_kl is not None and means["approxkl"] > params.target_kl
+
+    steps: list[dict[str, float]] = []
+    with use_packed_attention(accelerator.unwrap_model(wrapped).model):
+        for answers in mini_batches:
+            step = optimizer_step(
+                accelerator,
+                wrapped,
+                optimizer,
+                rollout,
+                answers,
+                losses_of,
+                params.micro_batch_tokens,
+                params.max_grad_norm,
+                forbidden=too_far,
+            )
+            steps.append(step)
+            if too_far(step):
+                break
+    return steps
+
+
+def metrics_of(
+    rollout: Rollout, kl: Tensor, scores: Tensor, steps: list[dict[str, float]], kl_coef: float
+) -> dict[str, float]:
+    """One update under TRL's names, and ours beside them; steps count alike, being on as many answers each."""
+    lengths = rollout.lengths
+    price = -kl_coef * sum_by_answer(kl, lengths).mean().item()
+    entropy = rollout.entropies.mean().item()
+
+    def mean(name: str, without_steps: float) -> float:
+        return float(np.mean([step[name] for step in steps])) if steps else without_steps
+
+    return {
+        "objective/kl": sum_by_answer(kl, lengths).mean().item(),
+        "objective/entropy": -sum_by_answer(rollout.logps, lengths).mean().item(),
+        "objective/non_score_reward": price,
+        "objective/rlhf_reward": price + scores.mean().item(),
+        "objective/scores": scores.mean().item(),
+        "policy/approxkl_avg": mean("approxkl", 0.0),
+        "policy/clipfrac_avg": mean("clipfrac", 0.0),
+        "loss/policy_avg": mean("loss", 0.0),
+        "policy/entropy_avg": mean("entropy", entropy),
+        "val/ratio": mean("ratio", 1.0),
+        "val/ratio_var": float(np.var([step["ratio"] for step in steps], ddof=1)) if len(steps) > 1 else 0.0,
+        "val/num_eos_tokens": int(rollout.ended.sum()),
+        # beyond TRL
+        "objective/raw_scores": rollout.raw_scores.mean().item(),
+        "objective/score_std": scores.std().item() if len(scores) > 1 else 0.0,
+        "objective/kl_coef": kl_coef,
+        "val/first_ratio_error": steps[0]["ratio_error_max"] if steps else 0.0,  # 0 but for rounding
+        "policy/steps": sum(int(step["steps"]) for step in steps),
+        "policy/skipped": sum(int(step["skipped"]) for step in steps),
+        "policy/grad_norm": mean("grad_norm", 0.0),
+        "rollout/entropy": entropy,
+    }
+
+
+def check_health(metrics: dict[str, float], params: Params) -> None:
+    """
+    Raises:
+        Collapse: a metric is not finite, KL is above max_kl or entropy below min_entropy.
+    """
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise Collapse(f"{name} is {value}")
+    if metrics["objective/kl"] > params.max_kl:
+        raise Collapse(f"KL to the reference is {metrics['objective/kl']:.1f} nats per answer, above max_kl")
+    if metrics["rollout/entropy"] < params.min_entropy:
+        raise Collapse(f"entropy is {metrics['rollout/entropy']:.3g} nats per token, below min_entropy")
+
+
+@torch.no_grad()
+def put_back(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+
+
+def write_reports(root: Path, state: dict[str, Any], kept: int | None, collapsed: str | None) -> None:
+    reports = root / "reports/train_ppo"
+    history, looks = state["history"], state["evaluations"]
+    write_history(reports / "history.csv", round_floats(history, 8))
+    write_history(reports / "evaluations.csv", round_floats(looks, 8))
+    now = next(row for row in looks if row["update"] == (looks[-1]["update"] if kept is None else kept))
+    metrics = {
+        "episodes": history[-1]["episode"],
+        "updates": len(history),
+        "kept_update": len(history) if kept is None else kept,
+        "stopped_early": collapsed,
+        "score_mean": state["score_scale"][0],
+        "score_std": state["score_scale"][1],
+        "objective_start": looks[0]["objective"],
+        "objective_gain": now["objective"] - looks[0]["objective"],
+        "score": now["score"],
+        "kl": now["kl"],
+    }
+    write_json(reports / "metrics.json", round_floats(metrics))
+    if collapsed:
+        print(f"stopped early, {collapsed}")
+    if kept == 0:
+        print(
+            "warning: no look was better than the start: models/ppo is the start itself. Train for more episodes"
+        )
+    gain = f"objective {metrics['objective_gain']:+.2f}"
+    print(f"wrote models/ppo and {reports}: update {metrics['kept_update']}, {gain} on the judge's prompts")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,6 +35,7 @@ CHATML = (
 def _process_as_at_its_start():
     torch.set_num_threads(1)  # tiny models gain nothing from more, and tests may run beside other work
     torch.set_flush_denormal(False)  # pick_device turns it on; hypothesis needs the smallest floats
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps the first precision of a process
 
 
 class ShapesMade(TorchDispatchMode):

@@ -51,16 +51,22 @@ PPO = train_ppo.Params(
     episodes=20,
     batch_size=4,
     num_mini_batches=2,
+    answers_per_prompt=1,
     num_ppo_epochs=2,
     learning_rate=1e-3,
+    schedule="linear",
+    warmup_updates=1,
     value_learning_rate=1e-3,
     response_length=8,
     temperature=0.7,
     kl_coef=0.05,
     kl_target=1.0,
+    kl_estimator="k1",
     target_kl=None,
     missing_eos_penalty=1.0,
     score_norm_episodes=4,
+    advantages="gae",
+    critic="separate",
     value_warmup_updates=1,
     whiten_advantages=True,
     gamma=1.0,
@@ -71,8 +77,8 @@ PPO = train_ppo.Params(
     max_grad_norm=1.0,
     max_kl=50.0,
     min_entropy=0.0,
-    eval_prompts=3,
-    eval_every=2,
+    look_prompts=3,
+    look_every=2,
     micro_batch_tokens=512,
 )
 fork = multiprocessing.get_context("fork")
@@ -104,7 +110,8 @@ def project(tiny_base, tokenizer, embedded_pairs) -> Path:
         write_parquet(tiny_base / f"data/tokenized/reward_{split}.parquet", shared | whole)
         prompts = {"prompt": [row["prompt"] for row in rows], "input_ids": pairs["prompt_input_ids"]}
         prompts = {"prompt_id": shared["prompt_id"]} | prompts
-        write_parquet(tiny_base / f"data/tokenized/prompts_{split}.parquet", prompts)
+        name = "judge" if split == "heldout" else split
+        write_parquet(tiny_base / f"data/tokenized/prompts_{name}.parquet", prompts)
     reference_logps.main(BASE, reference_logps.Params(micro_batch_tokens=2000), tiny_base)
     set_seed(1)
     reward_model = new_reward_model(tiny_base / "models/base", tokenizer.pad_token_id)

@@ -60,6 +60,7 @@ def generate(
     temperature: float | None = None,
     top_p: float = 1.0,
     seed: int = 0,
+    uniforms: Tensor | None = None,
     batch_size: int = 16,
     progress: str | None = None,
 ) -> list[list[int]]:
@@ -78,6 +79,7 @@ def generate(
         max_new_tokens: for all, or one for each prompt.
         temperature: None is greedy; else logits are divided by it.
         top_p: nucleus sampling (arXiv:1904.09751): the fewest likeliest tokens that reach this probability.
+        uniforms: (N, longest budget) the uniform numbers themselves, in place of those of `seed`.
         progress: label of a progress bar, None for no bar.
 
     Returns:
@@ -92,7 +94,9 @@ def generate(
         raise ValueError("each prompt needs at least one token and a budget of at least one new token")
     if temperature is not None and not (temperature > 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature} must be positive and top_p {top_p} within (0, 1]")
-    draws = torch.rand(len(prompt_ids), max(budgets, default=0), generator=torch.Generator().manual_seed(seed))
+    if uniforms is None:
+        generator = torch.Generator().manual_seed(seed)
+        uniforms = torch.rand(len(prompt_ids), max(budgets, default=0), generator=generator)
     training = model.training
     model = in_precision(model, precision).to(device).eval()
     responses: list[list[int]] = [[] for _ in prompt_ids]
@@ -101,7 +105,7 @@ def generate(
     bar = tqdm(total=len(order), desc=progress, unit="answer", mininterval=2, disable=progress is None)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        _decode(model, tokenizer, prompt_ids, rows, budgets, temperature, top_p, draws, responses, bar)
+        _decode(model, tokenizer, prompt_ids, rows, budgets, temperature, top_p, uniforms, responses, bar)
     bar.close()
     model.train(training)
     return responses
@@ -200,7 +204,7 @@ def _decode(
     budgets: list[int],
     temperature: float | None,
     top_p: float,
-    draws: Tensor,
+    uniforms: Tensor,
     responses: list[list[int]],
     bar: tqdm,
 ) -> None:
@@ -237,7 +241,7 @@ def _decode(
         if temperature is None:
             tokens = logits.argmax(-1)
         else:
-            tokens = sample_token(logits, draws[rows, step], temperature, top_p)
+            tokens = sample_token(logits, uniforms[rows, step], temperature, top_p)
         answered = tokens.tolist()
         for place in going:
             responses[rows[place]].append(answered[place])

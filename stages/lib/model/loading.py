@@ -132,6 +132,24 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def cast_linear_layers(module: nn.Module, dtype: torch.dtype, but: tuple[str, ...] = ()) -> None:
+    """Casts the weights of a frozen module's linear layers, bit for bit as autocast would on every call.
+
+    Norms, embeddings and the layers named in `but` stay as they are. A tied output layer is cut loose from the
+    embedding.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and name not in but:
+            for part, parameter in layer.named_parameters():
+                setattr(layer, part, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+
+
+def own_memory(module: nn.Module) -> None:
+    """Copies the parameters out of their memory-mapped checkpoint, whose pages count as this process's memory."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
+
+
 def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

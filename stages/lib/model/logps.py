@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from stages.lib.model.attention import lean_embedding, use_packed_attention
 from stages.lib.model.loading import autocast
-from stages.lib.model.packing import PackedBatch, consecutive_groups, pack, shares_prefixes
+from stages.lib.model.packing import PackedBatch, consecutive_groups, group_by_tokens, pack, shares_prefixes
+from stages.lib.model.reward import last_hidden_state as hidden_states
 from stages.lib.run.errors import UserError
 
 SLICE_ELEMENTS = 2**22  # logits held at a time: 16 MB in fp32, small enough for a CPU's last-level cache
@@ -150,16 +151,69 @@ class CompletionLogps(nn.Module):
     def forward(self, batch: PackedBatch) -> Tensor:
         """(S,) summed completion log-probs of the S packed sequences, float32, in nats."""
         with lean_embedding(self.model):
-            hidden = self.model.get_decoder()(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                sequence_lengths=batch.sequence_lengths,
-                contexts=batch.contexts,
-            ).last_hidden_state[0]
+            hidden = hidden_states(self.model.get_decoder(), batch)
         weight = self.model.get_output_embeddings().weight
         logps = token_logps(hidden[batch.completion_index], weight, batch.labels)
         return logps.new_zeros(batch.num_completions).index_add(0, batch.label_sequence, logps)
+
+
+class TokenLogps(nn.Module):
+    """A causal language model as a function from packed sequences to each response token's log-prob and entropy.
+
+    Both are of the distribution that is sampled from: logits divided by the temperature.
+    """
+
+    def __init__(self, model: PreTrainedModel, temperature: float):
+        """
+        Raises:
+            UserError: the model's logits are not its last hidden state times the output weights.
+        """
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        _check_output_layer(model)
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """(N,) log-probs and (N,) entropies, these without gradient; float32, nats, in the order of the labels."""
+        with lean_embedding(self.model):
+            hidden = hidden_states(self.model.get_decoder(), batch)
+        return self.of_hidden(hidden[batch.completion_index], batch.labels)
+
+    def of_hidden(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from (N, H) last hidden states before the (N,) labels."""
+        weight = self.model.get_output_embeddings().weight
+        return token_logps_and_entropies(hidden / self.temperature, weight, labels)
+
+
+@torch.no_grad()
+def read_answers(
+    policy: TokenLogps,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    micro_batch_tokens: int,
+    precision: str,
+    progress: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the tokens of B responses, without gradient.
+
+    Returns:
+        (N,) and (N,) float32 on the CPU: answer after answer, in the order given.
+    """
+    device = policy.model.device
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    logps: list[Tensor] = [torch.empty(0)] * len(lengths)
+    entropies: list[Tensor] = [torch.empty(0)] * len(lengths)
+    bar = tqdm(total=sum(lengths), desc=progress, unit="tok", unit_scale=True, disable=progress is None)
+    with use_packed_attention(policy.model), autocast(device, precision), bar:
+        for rows in group_by_tokens(lengths, micro_batch_tokens):
+            texts = [prompts[i] for i in rows], [responses[i] for i in rows]
+            batch = pack(*texts, shares_prefixes(device)).to(device)
+            sizes = [len(responses[i]) for i in rows]
+            parts = (values.cpu().split(sizes) for values in policy(batch))
+            for i, answer_logps, answer_entropies in zip(rows, *parts, strict=True):
+                logps[i], entropies[i] = answer_logps, answer_entropies
+            bar.update(sum(lengths[i] for i in rows))
+    return torch.cat(logps), torch.cat(entropies)
 
 
 @torch.no_grad()

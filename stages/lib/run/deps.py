@@ -19,6 +19,7 @@ PROJECT = Path(__file__).resolve().parents[3]
 BOOKKEEPING = frozenset(
     {
         "stages/lib/run/errors.py",
+        "stages/lib/run/phases.py",
         "stages/lib/run/stage.py",
         "stages/lib/run/tracking.py",
     }

@@ -1,0 +1,229 @@
+"""Answers of the policy in training, what the policy makes of them, and what the frozen side makes of them.
+
+Under a launcher each process answers and reads its share of the prompts; `gathered` then gives all of them the
+whole rollout in its one order, so that rewards and advantages are computed everywhere and differ nowhere.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stages.lib.model.attention import use_packed_attention
+from stages.lib.model.generate import generate
+from stages.lib.model.loading import DTYPES, autocast, cast_linear_layers, freeze, own_memory
+from stages.lib.model.logps import TokenLogps, read_answers
+from stages.lib.model.packing import group_by_tokens, pack, shares_prefixes
+from stages.lib.model.reward import apply_head, backbone_of
+from stages.lib.model.reward import last_hidden_state as hidden_states
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B answered prompts: plain data on the CPU, without a graph. Per-token tensors are (N,), answer after answer.
+
+    places:     of its answers in the whole rollout
+    lengths:    (B,) tokens of each response, the EOS included
+    ended:      (B,) whether the response ends in EOS
+    logps:      (N,) of the response tokens under the policy that sampled them, at the sampling temperature
+    entropies:  (N,) of that policy's distribution before each of them, nats
+    ref_logps:  (N,) under the reference, at the same temperature
+    raw_scores: (B,) the reward model's
+    values:     (N,) the critic's, of the state before each token; empty without a critic
+    """
+
+    places: list[int]
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    ended: Tensor
+    logps: Tensor
+    entropies: Tensor
+    ref_logps: Tensor
+    raw_scores: Tensor
+    values: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.tensor([len(response) for response in self.responses])
+
+    def tokens_of(self, answers: list[int]) -> Tensor:
+        """Indices into the per-token tensors of the tokens of `answers`, one answer after another."""
+        ends = self.lengths.cumsum(0).tolist()
+        return torch.cat([torch.arange(ends[i] - len(self.responses[i]), ends[i]) for i in answers])
+
+    def gathered(self, accelerator: Accelerator) -> "Rollout":
+        """The whole rollout, of every process's share; in one process itself."""
+        if accelerator.num_processes == 1:
+            return self
+        shares: list[Rollout] = gather_object([self])
+        answers = sorted(
+            ((place, share, i) for share in shares for i, place in enumerate(share.places)), key=lambda a: a[0]
+        )
+
+        def per_token(name: str) -> Tensor:
+            if not len(getattr(self, name)):
+                return getattr(self, name)
+            whole = {id(share): getattr(share, name).split(share.lengths.tolist()) for share in shares}
+            return torch.cat([whole[id(share)][i] for _, share, i in answers])
+
+        return Rollout(
+            places=[place for place, _, _ in answers],
+            prompts=[share.prompts[i] for _, share, i in answers],
+            responses=[share.responses[i] for _, share, i in answers],
+            ended=torch.stack([share.ended[i] for _, share, i in answers]),
+            raw_scores=torch.stack([share.raw_scores[i] for _, share, i in answers]),
+            **{name: per_token(name) for name in ("logps", "entropies", "ref_logps", "values")},
+        )
+
+
+class Actor:
+    """The policy in training: it answers prompts and reads its answers."""
+
+    def __init__(
+        self,
+        policy: TokenLogps,
+        tokenizer: PreTrainedTokenizerBase,
+        accelerator: Accelerator,
+        precision: str,
+        response_length: int,
+        micro_batch_tokens: int,
+    ):
+        """
+        Args:
+            policy: not wrapped for training; its weights are the optimizer's.
+            response_length: tokens of an answer, at most.
+            micro_batch_tokens: memory dial of a forward pass.
+        """
+        self.policy, self.tokenizer, self.accelerator = policy, tokenizer, accelerator
+        self.precision = precision
+        self.response_length, self.micro_batch_tokens = response_length, micro_batch_tokens
+        self.sampler = policy.model  # decoding is bound by reading weights: a copy in the lower precision
+        if precision != "fp32":
+            self.sampler = freeze(copy.deepcopy(policy.model).to(DTYPES[precision]))
+
+    @torch.no_grad()
+    def sample(self, prompts: list[list[int]], seed: int) -> tuple[list[int], list[list[int]]]:
+        """This process's share of the prompts, by place, and one response to each; EOS included, never empty.
+
+        The random numbers belong to the prompt's place, so that the answers do not depend on who samples them.
+        """
+        if self.sampler is not self.policy.model:
+            for copied, trained in zip(self.sampler.parameters(), self.policy.model.parameters(), strict=True):
+                copied.copy_(trained)
+        places = list(range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes))
+        generator = torch.Generator().manual_seed(seed)
+        uniforms = torch.rand(len(prompts), self.response_length, generator=generator)
+        responses = generate(
+            self.sampler,
+            self.tokenizer,
+            [prompts[i] for i in places],
+            self.response_length,
+            self.accelerator.device,
+            self.precision,
+            temperature=self.policy.temperature,
+            uniforms=uniforms[places],
+            batch_size=64,
+        )
+        return places, responses
+
+    def roll_out(self, prompts: list[list[int]], seed: int) -> Rollout:
+        """The policy answers the prompts and reads its answers once; what the frozen side adds is still empty."""
+        places, responses = self.sample(prompts, seed)
+        own = [prompts[i] for i in places]
+        logps, entropies = read_answers(self.policy, own, responses, self.micro_batch_tokens, self.precision)
+        eos = self.tokenizer.eos_token_id
+        ended = torch.tensor([response[-1] == eos for response in responses])
+        nothing = torch.empty(0)
+        return Rollout(places, own, responses, ended, logps, entropies, nothing, nothing, nothing)
+
+
+class FrozenSide:
+    """Reference and reward model, which never change: one forward pass where they share their backbone.
+
+    Where the reward model's backbone has the reference's weights bit for bit, it is let go.
+    """
+
+    def __init__(
+        self,
+        reference: PreTrainedModel,
+        reward_model: PreTrainedModel,
+        temperature: float,
+        eos_token_id: int,
+        precision: str,
+        micro_batch_tokens: int,
+    ):
+        self.reference, self.reward_model = freeze(reference), freeze(reward_model)
+        self.temperature, self.eos_token_id = temperature, eos_token_id
+        self.precision, self.micro_batch_tokens = precision, micro_batch_tokens
+        self.policy_like = TokenLogps(reference, temperature)
+        backbone = reference.get_decoder()
+        self.shares_backbone = same_weights(backbone, backbone_of(reward_model))
+        if self.shares_backbone:
+            setattr(reward_model, reward_model.base_model_prefix, backbone)
+        if precision != "fp32":
+            for model in (reference, reward_model):
+                cast_linear_layers(model, DTYPES[precision], but=("score",))
+        own_memory(reference)
+        own_memory(reward_model.score if self.shares_backbone else reward_model)
+
+    def closed(self, response: list[int]) -> list[int]:
+        """The response up to an EOS: the reward head was trained at EOS and nowhere else."""
+        return response if response[-1] == self.eos_token_id else [*response, self.eos_token_id]
+
+    @torch.no_grad()
+    def judge(self, rollout: Rollout) -> tuple[Rollout, Tensor]:
+        """The rollout with reference log-probs and raw scores.
+
+        Returns:
+            The rollout, and (N, H) float32 features: the reference's hidden state before each response token.
+        """
+        closed = [self.closed(response) for response in rollout.responses]
+        ref_logps: list[Tensor] = [torch.empty(0)] * len(closed)
+        features: list[Tensor] = [torch.empty(0)] * len(closed)
+        scores = torch.empty(len(closed))
+        decoder = self.reference.get_decoder()
+
+        def read(rows: list[int], batch, hidden: Tensor) -> None:
+            before = hidden[batch.completion_index]
+            logps, _ = self.policy_like.of_hidden(before, batch.labels)
+            lengths = [len(closed[i]) for i in rows]
+            flat = zip(rows, logps.cpu().split(lengths), before.float().cpu().split(lengths), strict=True)
+            for i, answer_logps, states in flat:  # an EOS added for scoring is not the policy's
+                kept = len(rollout.responses[i])
+                ref_logps[i], features[i] = answer_logps[:kept], states[:kept]
+
+        def score(rows: list[int], batch, hidden: Tensor) -> None:
+            scores[rows] = apply_head(self.reward_model, hidden[batch.last_index]).cpu()
+
+        if self.shares_backbone:
+            self._pass(decoder, rollout.prompts, closed, read, score)
+        else:
+            self._pass(decoder, rollout.prompts, closed, read)
+            self._pass(backbone_of(self.reward_model), rollout.prompts, closed, score)
+        return replace(rollout, ref_logps=torch.cat(ref_logps), raw_scores=scores), torch.cat(features)
+
+    def _pass(self, backbone: PreTrainedModel, prompts: list, responses: list, *readers: Callable) -> None:
+        device = backbone.device
+        lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+        with use_packed_attention(backbone), autocast(device, self.precision):
+            for rows in group_by_tokens(lengths, self.micro_batch_tokens):
+                texts = [prompts[i] for i in rows], [responses[i] for i in rows]
+                batch = pack(*texts, shares_prefixes(device)).to(device)
+                hidden = hidden_states(backbone, batch)
+                for reader in readers:
+                    reader(rows, batch, hidden)
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules are of one type and hold the same parameters, bit for bit."""
+    ours, theirs = dict(one.named_parameters()), dict(other.named_parameters())
+    return (
+        type(one) is type(other)
+        and ours.keys() == theirs.keys()
+        and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    )
