@@ -1,11 +1,15 @@
 # make repro   everything, from nothing: environment, then the pipeline
 # make test    the tests
-PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test test-all lint deps install lock check-hub bench-dpo bench-ppo
+# the first Python that fits makes the environment; make PYTHON=/path/to/python chooses another
+PYTHONS := python3 python3.13 python3.12 python3.11 python3.14
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for python in $(PYTHONS); do $$python -c '$(FITS)' 2>/dev/null && { echo $$python; break; }; done)
+
+.PHONY: repro test test-all lint deps install python lock check-hub bench-dpo bench-ppo
 
 repro: install
 	$(BIN)/dvc repro
@@ -35,16 +39,23 @@ bench-ppo: install
 install: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.lock
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, {sys.executable} is {v.major}.{v.minor}: make PYTHON=python3.11")'
-	@$(PYTHON) -c 'import ensurepip, venv' || { echo "Python's venv module is missing: apt install python3-venv"; exit 1; }
+	@$(MAKE) --no-print-directory python PYTHON='$(PYTHON)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --progress-bar on -r requirements.lock
 	@touch $@
 
-# rewrites requirements.lock from the pins of pyproject.toml; local labels (+cpu) are left out
-lock:
+# says which Python makes the environment, or what is wrong with it
+python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.14 is needed, and none of $(PYTHONS) is one: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c '$(FITS)' || { echo "Python 3.11 to 3.14 is needed, $(PYTHON) is none: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "Python's venv module is missing: apt install python3-venv"; exit 1; }
+	@echo $(PYTHON)
+
+# rewrites requirements.lock from the pins of pyproject.toml; local labels (+cpu) and what torch itself pins for CUDA
+# are left out
+lock: python
 	rm -rf $(VENV)-lock && $(PYTHON) -m venv $(VENV)-lock
-	$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(p["dependencies"] + p["optional-dependencies"]["test"]))' > $(VENV)-lock/pins.txt
+	$(VENV)-lock/bin/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(p["dependencies"] + p["optional-dependencies"]["test"]))' > $(VENV)-lock/pins.txt
 	$(VENV)-lock/bin/python -m pip install --quiet -r $(VENV)-lock/pins.txt
-	{ echo "# Made by 'make lock' from pyproject.toml."; $(VENV)-lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v '^nvidia-\|^triton=='; } > requirements.lock
+	{ echo "# Made by 'make lock' from pyproject.toml."; $(VENV)-lock/bin/python -m pip freeze --all --exclude-editable | sed 's/+.*//' | grep -v '^nvidia-\|^cuda-\|^triton==\|^pip==\|^wheel=='; } > requirements.lock
 	rm -rf $(VENV)-lock
