@@ -1,6 +1,7 @@
 # make repro   everything, from nothing: environment, then the pipeline
 # make test    the tests
 VENV := .venv
+STOCK := .venv-trl112
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -33,8 +34,15 @@ check-hub: install
 bench-dpo: install
 	$(BIN)/python -m bench.bench_dpo
 
-bench-ppo: install
-	$(BIN)/python -m bench.bench_ppo
+bench-ppo: install $(STOCK)/.installed
+	$(BIN)/python -m bench.bench_ppo --stock-python $(STOCK)/bin/python
+
+# the last TRL with a PPOTrainer: bench-ppo compares with it
+$(STOCK)/.installed: bench/requirements-trl112.txt
+	@$(MAKE) --no-print-directory python PYTHON='$(PYTHON)'
+	$(PYTHON) -m venv $(STOCK)
+	$(STOCK)/bin/python -m pip install --quiet --progress-bar on -r bench/requirements-trl112.txt
+	@touch $@
 
 install: $(VENV)/.installed
 

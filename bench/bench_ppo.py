@@ -1,5 +1,7 @@
 """PPO: ours against TRL 1.12.0's PPOTrainer, same models, prompts and settings, alternating in fresh processes.
 
+TRL has no PPO since; its last trainer runs in an environment of its own, which `make bench-ppo` makes.
+
 Reads   models/base (or --base), data/pairs_embedded.jsonl for the prompts
 Writes  bench/results/ppo_<device>.json
 
@@ -7,7 +9,8 @@ Run     make bench-ppo                          (python -m bench.bench_ppo --dev
 
 The reward model is the base with a random head: the cost is the same, and nothing has to be trained first. Each
 run warms up with one update; medians over rounds are compared. `speedup` is ours in the precision we would choose
-against TRL as it comes; `speedup_fp32` is fp32 against fp32.
+against TRL as it comes; `speedup_fp32` is fp32 against fp32; both sides train a value model.
+`speedup_frozen_critic` is ours with a frozen critic in its place, as params.yaml has it: another algorithm.
 """
 
 import argparse
@@ -18,12 +21,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from bench.measure import REPO, circumstances, in_fresh_process
 from stages.lib.model.loading import load_tokenizer, pick_precision, save_model, set_seed
 from stages.lib.model.reward import new_reward_model
-from stages.lib.run.artefacts import round_floats, write_json
+from stages.lib.run.artefacts import round_floats, write_json, write_parquet
 
 SETTINGS = ("batch_size", "response_length", "num_ppo_epochs", "updates", "micro_batch_tokens", "seed")
 
@@ -33,6 +37,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--base", type=Path, default=REPO / "models/base", help="a model folder as fetch_base leaves it"
+    )
+    parser.add_argument(
+        "--stock-python",
+        type=Path,
+        default=REPO / ".venv-trl112/bin/python",
+        help="the Python of the environment of bench/requirements-trl112.txt",
     )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side, alternating")
     parser.add_argument(
@@ -44,21 +54,26 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="ours: memory dial")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", type=Path, help="default: bench/results/ppo_<device>.json")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not options.stock_python.exists():
+        parser.error(f"{options.stock_python} is not there: make bench-ppo makes TRL 1.12.0's environment")
+    return options
 
 
 def sides_of(device: torch.device) -> dict[str, dict[str, Any]]:
     """The runs to compare. On CPUs TRL computes in fp32 whatever `bf16` says, so one run is both."""
+    bf16 = pick_precision("auto", device) == "bf16"
     sides = {
         "trl": {"side": "trl", "bf16": True},  # PPOConfig's default
-        "ours_fp32": {"side": "ours", "bf16": False},
-        "ours": {"side": "ours", "bf16": pick_precision("auto", device) == "bf16"},
+        "ours_fp32": {"side": "ours", "bf16": False, "critic": "separate"},
+        "ours": {"side": "ours", "bf16": bf16, "critic": "separate"},
+        "ours_frozen_critic": {"side": "ours", "bf16": bf16, "critic": "frozen"},
     }
     return sides if device.type == "cpu" else {"trl_fp32": {"side": "trl", "bf16": False}} | sides
 
 
-def prepare(base: Path, root: Path, seed: int) -> None:
-    """Base, reward model and tokenized prompts under `root`."""
+def prepare(base: Path, root: Path, seed: int, count: int) -> None:
+    """Base, reward model and `count` tokenized prompts under `root`: each side answers every one of them once."""
     tokenizer = load_tokenizer(base)
     (root / "models").mkdir()
     (root / "models/base").symlink_to(base.resolve(), target_is_directory=True)
@@ -71,9 +86,19 @@ def prepare(base: Path, root: Path, seed: int) -> None:
             add_generation_prompt=True,
             return_dict=False,
         )
-        for line in lines
+        for line in (lines[i * len(lines) // count] for i in range(count))
     ]
-    write_json(root / "prompts.json", {"prompts": prompts})
+    write_json(root / "prompts.json", {"input_ids": prompts})
+    columns = {"prompt_id": list(range(count)), "input_ids": pa.array(prompts, pa.list_(pa.int32()))}
+    for split in ("train", "judge"):
+        write_parquet(root / f"data/tokenized/prompts_{split}.parquet", columns)
+
+
+def run_side(spec: dict[str, Any], stock_python: Path) -> dict[str, Any]:
+    """One run of one side, each by the Python of its own environment."""
+    if spec["side"] == "trl":
+        return in_fresh_process("bench.ppo_stock", spec, python=stock_python)
+    return in_fresh_process("bench.ppo_ours", spec)
 
 
 def summary_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -88,6 +113,7 @@ def summary_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "precision": runs[0]["precision"],
         "phase_seconds_per_update": {name: value / updates for name, value in median_run["phase_seconds"].items()},
         "busy_elsewhere": max(run["busy_elsewhere"] for run in runs),
+        **({"versions": runs[0]["versions"]} if "versions" in runs[0] else {}),  # of an environment of its own
     }
 
 
@@ -96,8 +122,12 @@ def compare(sides: dict[str, dict[str, Any]]) -> dict[str, float]:
     trl_fp32 = sides.get("trl_fp32", sides["trl"])
     return {
         "speedup": sides["ours"]["episodes_per_second"] / sides["trl"]["episodes_per_second"],
+        "speedup_frozen_critic": sides["ours_frozen_critic"]["episodes_per_second"]
+        / sides["trl"]["episodes_per_second"],
         "speedup_fp32": sides["ours_fp32"]["episodes_per_second"] / trl_fp32["episodes_per_second"],
         "memory_ratio": sides["ours"]["peak_memory_mb"] / sides["trl"]["peak_memory_mb"],
+        "memory_ratio_frozen_critic": sides["ours_frozen_critic"]["peak_memory_mb"]
+        / sides["trl"]["peak_memory_mb"],
         "memory_ratio_fp32": sides["ours_fp32"]["peak_memory_mb"] / trl_fp32["peak_memory_mb"],
     }
 
@@ -108,11 +138,12 @@ def main(arguments: list[str]) -> dict[str, Any]:
     settings = {name: getattr(options, name) for name in SETTINGS}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides_of(device)}
     with tempfile.TemporaryDirectory() as folder:
-        prepare(options.base, Path(folder), options.seed)
+        prepare(options.base, Path(folder), options.seed, options.batch_size * (options.updates + 1))
         for number in range(options.rounds):
             for name, side in sides_of(device).items():
-                spec = {"root": folder, "device": options.device, **settings, **side}
-                run = in_fresh_process("bench.ppo_run", spec)
+                run = run_side(
+                    {"root": folder, "device": options.device, **settings, **side}, options.stock_python
+                )
                 runs[name].append(run)
                 print(
                     f"round {number + 1} {name}: {run['episodes'] / run['seconds']:.3f} episodes/s, "

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from bench.measure import PrecisionWatch, answer, now, peak_mb
+from bench.worker import PrecisionWatch, answer, now, peak_mb
 from stages import reference_logps, train_dpo
 from stages.lib.model.loading import pick_device
 from stages.lib.run.artefacts import read_parquet, write_parquet

@@ -10,7 +10,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from bench.measure import PrecisionWatch, answer, now, peak_mb
+from bench.worker import PrecisionWatch, answer, now, peak_mb
 from stages.lib.run.artefacts import read_json
 
 #: what each setting changes of DPOConfig's defaults

@@ -1,4 +1,4 @@
-"""What every benchmark here measures alike: fresh processes, precision, memory, machine and its matmul limit."""
+"""What every benchmark here does alike: fresh processes, the machine and its matmul limit."""
 
 import json
 import os
@@ -15,7 +15,8 @@ import psutil
 import torch
 from torch import nn
 
-from stages.lib.run.stage import peak_memory_mb, run_record
+from bench.worker import now
+from stages.lib.run.stage import run_record
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -24,10 +25,13 @@ class WorkerError(RuntimeError):
     """A measured process failed; the message ends with the last lines it printed."""
 
 
-def in_fresh_process(module: str, spec: dict[str, Any], timeout: float = 3600) -> dict[str, Any]:
+def in_fresh_process(
+    module: str, spec: dict[str, Any], timeout: float = 3600, python: str | Path = sys.executable
+) -> dict[str, Any]:
     """Runs `python -m module` in a process of its own, so that no side inherits the other's memory or caches.
 
-    The module calls `answer(function)`: the function gets `spec` and returns what is measured.
+    The module calls `answer(function)`: the function gets `spec` and returns what is measured. `python` may be
+    another environment's.
 
     Returns:
         The worker's result and `busy_elsewhere`, the share of the machine that other processes used meanwhile:
@@ -35,7 +39,7 @@ def in_fresh_process(module: str, spec: dict[str, Any], timeout: float = 3600) -
     """
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder) / "result.json", Path(folder) / "log"
-        command = [sys.executable, "-m", module, json.dumps(spec), str(result)]
+        command = [str(python), "-m", module, json.dumps(spec), str(result)]
         before, started = psutil.cpu_times(), time.monotonic()
         own_before = sum(os.times()[:4])
         with open(log, "w") as output:
@@ -48,53 +52,6 @@ def in_fresh_process(module: str, spec: dict[str, Any], timeout: float = 3600) -
         idle = (after.idle - before.idle) + (getattr(after, "iowait", 0) - getattr(before, "iowait", 0))
         elsewhere = cpu_seconds - idle - (sum(os.times()[:4]) - own_before)  # os.times covers ended children
         return json.loads(result.read_text()) | {"busy_elsewhere": max(0.0, elsewhere / cpu_seconds)}
-
-
-def answer(function) -> None:
-    """The main block of a worker module: `spec` in from the command line, the result out to a file."""
-    spec, result = json.loads(sys.argv[1]), Path(sys.argv[2])
-    result.write_text(json.dumps(function(spec), allow_nan=False))
-
-
-class PrecisionWatch:
-    """Sees in which dtypes a model's linear layers really compute, whatever the configuration promises.
-
-    Dtypes in which less than one per cent of the rows went through are left out: probes at start-up.
-    """
-
-    def __init__(self):
-        self._rows: Counter[tuple[torch.dtype, torch.dtype]] = Counter()  # of weights, of products
-
-    def on(self, model: nn.Module) -> nn.Module:
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.register_forward_hook(self._record)
-        return model
-
-    def _record(self, module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-        self._rows[module.weight.dtype, output.dtype] += output.numel() // output.shape[-1]
-
-    def seen(self) -> str:
-        """Such as 'float32 weights, bfloat16 products'; several, joined by ' and ', if they differed."""
-        floor = self._rows.total() / 100
-        seen = [
-            f"{weights} weights, {products} products"
-            for (weights, products), rows in self._rows.items()
-            if rows > floor
-        ]
-        return " and ".join(sorted(seen)).replace("torch.", "")
-
-
-def now(device: torch.device) -> float:
-    """Seconds, once everything queued on `device` is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def peak_mb(device: torch.device) -> float:
-    """Peak memory in MB (10^6 bytes) so far: allocated on a GPU, resident of this process on a CPU."""
-    return torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else peak_memory_mb()
 
 
 def linear_shapes(model: nn.Module) -> Counter[tuple[int, int]]:

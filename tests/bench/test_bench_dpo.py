@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import bench_dpo, dpo_growth, measure
+from bench import bench_dpo, dpo_growth, measure, worker
 from bench.random_base import smollm2_135m, write_random_base
 from stages.lib.model.loading import load_causal_lm, load_tokenizer
 from stages.lib.run.artefacts import read_json
@@ -89,7 +89,7 @@ def test_pairs_are_spread_over_the_file_and_repeated_only_if_short(tmp_path):
 
 
 def test_precision_is_what_the_layers_did_and_probes_do_not_count():
-    layer, watch = nn.Linear(4, 4), measure.PrecisionWatch()
+    layer, watch = nn.Linear(4, 4), worker.PrecisionWatch()
     watch.on(layer)
     layer(torch.zeros(1, 4))  # a probe
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,12 +1,13 @@
 """The PPO benchmark on the tiny model: both sides run the same settings, and the ratios mean what they say."""
 
-import json
+import ast
+import sys
 
 import pytest
 import torch
-from trl.experimental.ppo import ppo_trainer
 
-from bench import bench_ppo, ppo_run
+from bench import bench_ppo
+from tests.conftest import REPO
 
 
 def side(rate, memory):
@@ -15,16 +16,24 @@ def side(rate, memory):
 
 def test_ratios_by_hand():
     sides = {"trl": side(0.2, 8000), "ours_fp32": side(0.3, 6000), "ours": side(0.8, 4000)}
+    sides["ours_frozen_critic"] = side(1.0, 2000)
     assert bench_ppo.compare(sides) == pytest.approx(
-        {"speedup": 4.0, "speedup_fp32": 1.5, "memory_ratio": 0.5, "memory_ratio_fp32": 0.75}
+        {
+            "speedup": 4.0,
+            "speedup_frozen_critic": 5.0,
+            "speedup_fp32": 1.5,
+            "memory_ratio": 0.5,
+            "memory_ratio_frozen_critic": 0.25,
+            "memory_ratio_fp32": 0.75,
+        }
     )
 
 
 def test_fp32_is_compared_with_fp32_where_trl_has_both():
     sides = {"trl": side(2.0, 10), "trl_fp32": side(1.0, 20), "ours_fp32": side(1.5, 10), "ours": side(4.0, 5)}
-    assert bench_ppo.compare(sides) == pytest.approx(
-        {"speedup": 2.0, "speedup_fp32": 1.5, "memory_ratio": 0.5, "memory_ratio_fp32": 0.5}
-    )
+    ratios = bench_ppo.compare(sides | {"ours_frozen_critic": side(4.0, 5)})
+    assert ratios["speedup"] == pytest.approx(2.0) and ratios["speedup_fp32"] == pytest.approx(1.5)
+    assert ratios["memory_ratio"] == pytest.approx(0.5) and ratios["memory_ratio_fp32"] == pytest.approx(0.5)
 
 
 def test_summary_takes_medians_of_rounds():
@@ -46,30 +55,68 @@ def test_summary_takes_medians_of_rounds():
     assert summary["phase_seconds_per_update"] == {"generation": pytest.approx(1 / 3)}  # of the median run
 
 
-def test_both_sides_run_the_same_settings(tiny_base, tmp_path, monkeypatch):
-    for name in ("batch_generation", "forward", "get_reward"):  # measure puts clocks around them
-        monkeypatch.setattr(ppo_trainer, name, getattr(ppo_trainer, name))
-    monkeypatch.setenv("DEVICE", "cpu")
-    torch.set_num_threads(1)
+STOCK_PYTHON = REPO / ".venv-trl112/bin/python"
+
+
+@pytest.fixture
+def specs(tiny_base, tmp_path):
+    """A spec of every side, over the tiny model."""
     root = tmp_path / "bench"
     root.mkdir()
-    bench_ppo.prepare(tiny_base / "models/base", root, seed=1)
-    options = bench_ppo.parse(["--batch-size", "2", "--updates", "2", "--response-length", "4"])
+    options = bench_ppo.parse(
+        ["--batch-size", "4", "--updates", "2", "--response-length", "4", "--stock-python", sys.executable]
+    )
+    bench_ppo.prepare(tiny_base / "models/base", root, seed=1, count=12)
     settings = {name: getattr(options, name) for name in bench_ppo.SETTINGS}
-    results = {}
-    for name, spec in bench_ppo.sides_of(torch.device("cpu")).items():
-        results[name] = ppo_run.measure({"root": str(root), "device": "cpu", **settings, **spec})
-    for result in results.values():
-        assert result["episodes"] == 4 and len(result["kl"]) == 3 and result["seconds"] > 0
-        assert result["kl"][0] == pytest.approx(0, abs=0.05)
-        assert 0 < sum(result["phase_seconds"].values()) <= result["seconds"] * 1.05
-        json.dumps(result, allow_nan=False)
-    assert set(results["trl"]["precision"].values()) == {"float32 weights, float32 products"}  # bf16=True or not
-    assert results["ours_fp32"]["precision"]["policy"] == "float32 weights, float32 products"
-    if bench_ppo.sides_of(torch.device("cpu"))["ours"]["bf16"]:
-        assert results["ours"]["precision"]["policy"] == "float32 weights, bfloat16 products"
-        assert results["ours"]["precision"]["reference"] == "bfloat16 weights, bfloat16 products"
+    sides = bench_ppo.sides_of(torch.device("cpu"))
+    return {name: {"root": str(root), "device": "cpu", **settings, **side} for name, side in sides.items()}
+
+
+def check(result):
+    assert result["episodes"] == 8 and len(result["kl"]) == 3 and result["seconds"] > 0
+    assert result["kl"][0] == pytest.approx(0, abs=0.05)
+    assert 0 < sum(result["phase_seconds"].values()) <= result["seconds"] * 1.05
+    assert result["peak_memory_mb"] > 0
+
+
+def test_our_sides_do_what_their_names_say(specs):
+    fp32, ours, frozen = (
+        bench_ppo.run_side(specs[name], STOCK_PYTHON) for name in ("ours_fp32", "ours", "ours_frozen_critic")
+    )
+    for result in (fp32, ours, frozen):
+        check(result)
+    assert set(fp32["precision"].values()) == {"float32 weights, float32 products"}
+    # the reward model shares the reference's pass
+    assert set(fp32["precision"]) == {"policy", "reference", "value"}
+    if specs["ours"]["bf16"]:
+        assert ours["precision"]["policy"] == "float32 weights, bfloat16 products"
+        assert ours["precision"]["reference"] == "bfloat16 weights, bfloat16 products"
+        assert ours["precision"]["sampler"] == "bfloat16 weights, bfloat16 products"
+    assert "value" in ours["precision"] and "value" not in frozen["precision"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STOCK_PYTHON.exists(), reason="make bench-ppo makes TRL 1.12.0's environment")
+def test_the_stock_side_runs_in_its_own_environment(specs):
+    result = bench_ppo.run_side(specs["trl"], STOCK_PYTHON)
+    check(result)
+    assert set(result["precision"]) == {"policy", "value", "reference", "reward"}
+    assert set(result["precision"].values()) == {"float32 weights, float32 products"}  # bf16=True or not
+    assert result["versions"]["trl"] == "1.12.0"
+
+
+def test_the_stock_side_imports_nothing_that_its_environment_lacks():
+    for name in ("ppo_stock", "worker"):
+        tree = ast.parse((REPO / f"bench/{name}.py").read_text())
+        modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not any(module.startswith(("stages", "bench")) for module in modules - {"bench.worker"})
+
+
+def test_a_missing_stock_environment_is_named_with_its_remedy(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bench_ppo.parse(["--stock-python", str(tmp_path / "nowhere")])
+    assert "make bench-ppo" in capsys.readouterr().err
 
 
 def test_cuda_runs_trl_in_both_precisions():
-    assert list(bench_ppo.sides_of(torch.device("cpu"))) == ["trl", "ours_fp32", "ours"]
+    assert list(bench_ppo.sides_of(torch.device("cpu"))) == ["trl", "ours_fp32", "ours", "ours_frozen_critic"]

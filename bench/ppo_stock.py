@@ -1,23 +1,30 @@
-"""One measured PPO run, ours or TRL's, in a process of its own; bench_ppo starts it."""
+"""One measured run of TRL 1.12.0's PPOTrainer in a process of its own; bench_ppo starts it.
 
-import os
+In the environment of bench/requirements-trl112.txt, which lacks this project's packages: nothing of it but
+bench/worker.py is imported here.
+"""
+
+import json
 import time
 from collections import defaultdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
-from trl.experimental import ppo as trl_ppo
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    TrainerCallback,
+    set_seed,
+)
+from trl.experimental import ppo
 from trl.experimental.ppo import ppo_trainer
 
-from bench.measure import PrecisionWatch, answer, now, peak_mb
-from stages.lib.model.loading import load_causal_lm, load_tokenizer, pick_device, set_seed
-from stages.lib.model.reward import load_reward_model
-from stages.lib.rl.ppo import PPOTrainer
-from stages.lib.rl.ppo_config import PPOConfig
-from stages.lib.run.artefacts import read_json
+from bench.worker import PrecisionWatch, answer, now, peak_mb
 
 
 class Clock(TrainerCallback):
@@ -33,7 +40,7 @@ class Clock(TrainerCallback):
         self.phases.append(dict(self.phase_seconds))
 
 
-def time_stock_phases(trainer: trl_ppo.PPOTrainer, device: torch.device) -> dict[str, float]:
+def time_phases(trainer: ppo.PPOTrainer, device: torch.device) -> dict[str, float]:
     """Puts clocks around what TRL's `train` calls; the dictionary returned fills as it runs."""
     seconds: dict[str, float] = defaultdict(float)
 
@@ -64,56 +71,51 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Runs `spec["updates"]` updates after one to warm up.
 
     Returns:
-        seconds and phase_seconds of the updates after the first, episodes, response_tokens (mean of all updates),
-        precision of each model, peak_memory_mb.
+        seconds and phase_seconds of the updates after the first, first_update_seconds, episodes, kl, entropy and
+        eos of every update, precision of each model, peak_memory_mb, versions.
     """
-    root = Path(spec["root"])
-    os.environ["DEVICE"] = spec["device"]
-    ours = spec["side"] == "ours"
-    # the allocator setting that our stages run under is part of ours, not of TRL's
-    device = pick_device() if ours else torch.device(spec["device"])
-    tokenizer = load_tokenizer(root / "models/base")
-    tokenizer.padding_side = "left"
+    root, device = Path(spec["root"]), torch.device(spec["device"])
+    tokenizer = AutoTokenizer.from_pretrained(root / "models/base", padding_side="left")
     set_seed(spec["seed"])
-    config = {
-        "output_dir": str(root / "out"),
-        "per_device_train_batch_size": spec["batch_size"],
-        "total_episodes": spec["batch_size"] * (spec["updates"] + 1),
-        "response_length": spec["response_length"],
-        "num_ppo_epochs": spec["num_ppo_epochs"],
-        "num_mini_batches": 1,
-        "stop_token": "eos",
-        "missing_eos_penalty": 1.0,
-        "seed": spec["seed"],
-        "bf16": spec["bf16"],
-        "use_cpu": device.type == "cpu",
-        "num_sample_generations": 0,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    if ours:
-        config["micro_batch_tokens"] = spec["micro_batch_tokens"]
-    trainer = (PPOTrainer if ours else trl_ppo.PPOTrainer)(
-        args=(PPOConfig if ours else trl_ppo.PPOConfig)(**config),
+
+    def load(auto_class: type, folder: str) -> PreTrainedModel:
+        return auto_class.from_pretrained(root / "models" / folder, dtype=torch.float32)
+
+    trainer = ppo.PPOTrainer(
+        args=ppo.PPOConfig(
+            output_dir=str(root / "out"),
+            per_device_train_batch_size=spec["batch_size"],
+            total_episodes=spec["batch_size"] * (spec["updates"] + 1),
+            response_length=spec["response_length"],
+            num_ppo_epochs=spec["num_ppo_epochs"],
+            num_mini_batches=1,
+            stop_token="eos",
+            missing_eos_penalty=1.0,
+            seed=spec["seed"],
+            bf16=spec["bf16"],
+            use_cpu=device.type == "cpu",
+            num_sample_generations=0,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
         processing_class=tokenizer,
-        model=load_causal_lm(root / "models/base"),
-        ref_model=load_causal_lm(root / "models/base"),
-        reward_model=load_reward_model(root / "models/reward"),
-        value_model=load_reward_model(root / "models/reward"),
-        train_dataset=Dataset.from_dict({"input_ids": read_json(root / "prompts.json")["prompts"]}),
+        model=load(AutoModelForCausalLM, "base"),
+        ref_model=load(AutoModelForCausalLM, "base"),
+        reward_model=load(AutoModelForSequenceClassification, "reward"),
+        value_model=load(AutoModelForSequenceClassification, "reward"),
+        train_dataset=Dataset.from_dict(json.loads((root / "prompts.json").read_text())),
     )
-    watches = {name: PrecisionWatch() for name in ("policy", "value", "reference", "reward")}
-    for name, model in zip(
-        watches,
-        (trainer.model.policy, trainer.model.value_model, trainer.ref_model, trainer.reward_model),
-        strict=True,
-    ):
+    models = {
+        "policy": trainer.model.policy,
+        "value": trainer.model.value_model,
+        "reference": trainer.ref_model,
+        "reward": trainer.reward_model,
+    }
+    watches = {name: PrecisionWatch() for name in models}
+    for name, model in models.items():
         watches[name].on(getattr(model, model.base_model_prefix))
-    if ours and trainer.sampler is not trainer.policy:
-        watches["sampler"] = PrecisionWatch()
-        watches["sampler"].on(trainer.sampler)
-    clock = Clock(device, trainer.phase_seconds if ours else time_stock_phases(trainer, device))
+    clock = Clock(device, time_phases(trainer, device))
     trainer.add_callback(clock)
     started = time.perf_counter()
     trainer.train()
@@ -129,6 +131,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         "eos": [row["val/num_eos_tokens"] for row in history],
         "precision": {name: watch.seen() for name, watch in watches.items()},
         "peak_memory_mb": peak_mb(device),
+        "versions": {name: version(name) for name in ("trl", "transformers", "torch")},
     }
 
 
