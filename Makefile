@@ -1,5 +1,6 @@
 # make repro   everything, from nothing: environment, then the pipeline
 # make test    the tests
+# make lint    ruff and pyright
 VENV := .venv
 STOCK := .venv-trl112
 BIN := $(VENV)/bin
@@ -22,7 +23,9 @@ test-all: install
 	$(BIN)/python -m pytest -m "not gpu"
 
 lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 
 # rewrites the code deps of dvc.yaml from the imports
 deps: install

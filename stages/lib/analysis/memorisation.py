@@ -33,9 +33,9 @@ def levels(texts: pd.DataFrame, model: str, how: Resampling) -> dict[str, Interv
         of the other kind. Far from 1/2 before any training says only that the kinds differ.
     """
     found = {f"logp_{group}": _mean(part[model], part, how) for group, part in _groups(texts)}
-    train = texts[texts["group"] == "train_chosen"]
+    train = texts.loc[texts["group"] == "train_chosen"]
     for name, group in (("heldout", "heldout_chosen"), ("unseen", "unseen")):
-        other = texts[texts["group"] == group]
+        other = texts.loc[texts["group"] == group]
         found[f"auc_{name}"] = auc_interval(
             train[model], other[model], clusters(train), clusters(other), **vars(how)
         )
@@ -53,9 +53,9 @@ def changes(texts: pd.DataFrame, model: str, how: Resampling) -> dict[str, Inter
     """
     change = texts[model] - texts["base"]
     found = {f"change_{group}": _mean(change[part.index], part, how) for group, part in _groups(texts)}
-    train = texts[texts["group"] == "train_chosen"]
+    train = texts.loc[texts["group"] == "train_chosen"]
     for name, group in (("did", "heldout_chosen"), ("did_unseen", "unseen")):
-        other = texts[texts["group"] == group]
+        other = texts.loc[texts["group"] == group]
         both = (change[train.index], change[other.index], clusters(train), clusters(other))
         found[name] = difference_interval(*both, **vars(how))
         if group == "heldout_chosen":
@@ -67,7 +67,7 @@ def displacement(texts: pd.DataFrame, model: str, confidence: float) -> dict[str
     """Share of training and held-out pairs whose chosen text lost log-prob (arXiv:2410.08847)."""
     found = {}
     for split in ("train", "heldout"):
-        chosen = texts[texts["group"] == f"{split}_chosen"]
+        chosen = texts.loc[texts["group"] == f"{split}_chosen"]
         fell = chosen[model] < chosen["base"]
         found[f"displaced_{split}"] = share_interval(fell, clusters(chosen), confidence)
     return found
@@ -84,7 +84,7 @@ def pair_changes(texts: pd.DataFrame) -> pd.DataFrame:
         columns = {}
         for model in ("dpo", "ppo"):
             for side in ("chosen", "rejected"):
-                part = texts[texts["group"] == f"{split}_{side}"].set_index("row")
+                part = texts.loc[texts["group"] == f"{split}_{side}"].set_index("row")
                 columns[f"{model}/{side}"] = (part[model] - part["base"]) * part["tokens"]
         table = pd.DataFrame(columns).reset_index()
         table.insert(0, "split", split)
@@ -124,7 +124,7 @@ def tidy(texts: pd.DataFrame) -> dict[str, pa.Array]:
 
 def _groups(texts: pd.DataFrame):
     for group in GROUPS:
-        yield group, texts[texts["group"] == group]
+        yield group, texts.loc[texts["group"] == group]
 
 
 def _mean(values: pd.Series, part: pd.DataFrame, how: Resampling) -> Interval:

@@ -225,24 +225,24 @@ def rank_correlation_interval(
 
     A constant has no correlation: 0, without an interval.
     """
-    x, codes, n = _check(x, clusters)
-    y = np.asarray(y, float)
-    if len(x) != len(y):
-        raise ValueError(f"{len(x)} values against {len(y)}")
-    x, y = (rankdata(values) - (len(x) + 1) / 2 for values in (x, y))  # centred, against cancellation
-    if not x.any() or not y.any():
+    first, codes, n = _check(x, clusters)
+    second = np.asarray(y, float)
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} values against {len(second)}")
+    u, v = (rankdata(values) - (len(first) + 1) / 2 for values in (first, second))  # centred, against cancellation
+    if not u.any() or not v.any():
         return Interval(0.0, None, None)
-    moments = [np.bincount(codes, values, minlength=n) for values in (np.ones_like(x), x, y, x * x, y * y, x * y)]
+    moments = [np.bincount(codes, values, minlength=n) for values in (np.ones_like(u), u, v, u * u, v * v, u * v)]
 
     def statistic(weights: np.ndarray) -> np.ndarray:
         total, sx, sy, sxx, syy, sxy = (weights @ moment for moment in moments)
         variances = (sxx - sx**2 / total) * (syy - sy**2 / total)
         covariance = sxy - sx * sy / total
-        safe = variances > 1e-9 * (x @ x) * (y @ y) / len(x)
+        safe = variances > 1e-9 * (u @ u) * (v @ v) / len(u)
         return np.where(safe, covariance / np.sqrt(np.where(safe, variances, 1.0)), 0.0)
 
-    estimate = float(x @ y / math.sqrt((x @ x) * (y @ y)))
-    return _interval(estimate, statistic, [n], len(x), samples, confidence, seed)
+    estimate = float(u @ v / math.sqrt((u @ u) * (v @ v)))
+    return _interval(estimate, statistic, [n], len(u), samples, confidence, seed)
 
 
 def _check(values: ArrayLike, clusters: ArrayLike | None) -> tuple[np.ndarray, np.ndarray, int]:

@@ -24,7 +24,12 @@ from huggingface_hub import (
     get_token,
     set_client_factory,
 )
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]: httpx's or httpx2's, whichever the client uses
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import parse_ratelimit_headers
 from huggingface_hub.utils._http import default_client_factory  # private: the version is pinned
@@ -91,7 +96,7 @@ def publish_repository(api: HfApi, repo_id: str, folder: Path, private: bool, me
         info = _call(f"reading {repo_id}", lambda: _info(api, repo_id))
         operations = _differences(info, folder)
         if not operations:
-            return info.sha
+            return str(info.sha)
         _upload_large_files(api, repo_id, operations)
         try:
             commit = api.create_commit(
@@ -239,10 +244,10 @@ def _asked_to_wait(error: Exception) -> float:
 
 def _explain(what: str, error: Exception) -> str:
     """One line for the user: what failed, the Hub's own words, what to do. No address: it may be signed."""
-    status = _status(error)
-    if status is None:
+    if not isinstance(error, HfHubHTTPError):
         lost = f"{what}: the Hub did not answer ({type(error).__name__})"
         return f"{lost}; check the network and run again: what is already there is not sent twice"
+    status = error.response.status_code
     said = " ".join((error.server_message or "").split())
     advice = {
         401: "the token is wrong or has expired: make a new one at https://huggingface.co/settings/tokens",

@@ -5,15 +5,18 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.typing import RcKeyType
 
 from stages.lib.report.plots import BLUE, GREEN, ORANGE, PURPLE, STYLE
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
-SVG_STYLE = STYLE | {
+SVG_STYLE: dict[RcKeyType, Any] = {
+    **STYLE,
     "font.size": 9,
     "legend.fontsize": 9,
     "svg.fonttype": "none",  # text stays text: a tenth of the size, drawn in the reader's own font

@@ -56,7 +56,7 @@ class ReportFiles:
             raise UserError(f"{path}: {error}; run `dvc repro -f {stage}`") from error
         if missing := [column for column in columns if column not in table]:
             raise UserError(f"{path}: no column '{missing[0]}'; run `dvc repro -f {stage}`")
-        return table[list(columns)]
+        return table.filter(list(columns))
 
     def columns(self, stage: str, name: str, *columns: str) -> list[list[float]]:
         """Columns of a CSV file, as lists of numbers."""

@@ -35,7 +35,7 @@ def side_by_side(samples: list[dict]) -> str:
         rows = [
             f"## {number}. {escape_markdown(sample['prompt'])}",
             "",
-            "| | " + " | ".join(LABELS.get(model, model) for model in models) + " |",
+            "| | " + " | ".join(LABELS.get(str(model), str(model)) for model in models) + " |",
             "|---|" + "---|" * len(models),
         ]
         for decoding in sample["answers"][models[0]]:

@@ -115,7 +115,7 @@ def baselines(files: ReportFiles) -> list[Estimate]:
     values = files.metric("analyze_logps", "rankers")
     names = [name for name in values if not name.endswith(("_low", "_high"))]
     return [
-        Estimate(RANKER_LABELS.get(name, name), analysed(files, "rankers", name), kind="baseline")
+        Estimate(RANKER_LABELS.get(str(name), str(name)), analysed(files, "rankers", name), kind="baseline")
         for name in sorted(names, key=lambda name: -values[name])
     ]
 

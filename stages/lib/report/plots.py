@@ -6,13 +6,16 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; line styles 
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.typing import RcKeyType
 from scipy.stats import gaussian_kde
 
 from stages.lib.analysis.stats import Interval
@@ -44,7 +47,7 @@ CAPTIONS = {
     "score_kl": "Up is a higher score, right is further from the start of training. Score that grows only with KL "
     "is bought with drift; a falling score at high KL is over-optimisation.",
 }
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "font.size": 10.5,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -97,10 +100,15 @@ def ecdf(texts: pd.DataFrame) -> bytes:
         panels = figure.subplots(1, 2, sharey=True)
         for axes, model in zip(panels, ("dpo", "ppo"), strict=True):
             change = texts[model] - texts["base"]
+            span = _span(change.to_numpy(), 0.04)
             for group, (name, colour, line) in GROUPS.items():
                 axes.ecdf(change[texts["group"] == group], label=name, color=colour, linestyle=line)
             axes.axvline(0, color=GREY, linestyle=":", linewidth=1.2)
-            axes.set(title=MODELS[model], xlabel="change from base (nats per token)", xlim=_span(change, 0.04))
+            axes.set(
+                title=MODELS[model],
+                xlabel="change from base (nats per token)",
+                xlim=span,
+            )
             axes.xaxis.set_major_locator(MaxNLocator(5))
         panels[0].set_ylabel("share of texts")
         panels[0].yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
@@ -280,11 +288,10 @@ def _legend(figure: Figure, axes: Axes, columns: int) -> None:
 
 def _png(figure: Figure, title: str, name: str) -> bytes:
     """With the title above and the caption below; no date and no version, which would change the bytes."""
-    heading = {"size": 13.5, "weight": "bold"}
     if figure.legends:  # a suptitle would lie on top of the figure's legend
-        figure.legends[0].set_title(title, prop=heading)
+        figure.legends[0].set_title(title, prop=FontProperties(size=13.5, weight="bold"))
     else:
-        figure.suptitle(title, x=0.008, ha="left", **heading)
+        figure.suptitle(title, x=0.008, ha="left", size=13.5, weight="bold")
     caption = textwrap.fill(CAPTIONS[name], 116)
     figure.supxlabel(caption, x=0.008, ha="left", fontsize=9.5, color="#3c4757")
     file = io.BytesIO()

@@ -212,8 +212,9 @@ def style(files: ReportFiles, mark_change: Callable[[str], str] | None = None) -
             ends = (None if math.isnan(row[end]) else row[end] for end in ("low", "high"))
             interval = Interval(row["mean"], *ends)
             cell = percentages(interval, digits) if as_percentage else Scale(0, 1, None, digits).show(interval)
-            changed = mark_change and (row["change_low"] > 0 or row["change_high"] < 0)
-            cells.append(mark_change(cell) if changed else cell)
+            if mark_change and (row["change_low"] > 0 or row["change_high"] < 0):
+                cell = mark_change(cell)
+            cells.append(cell)
         rows.append(cells)
     return Table([f"{DECODING.capitalize()} answers", *MODELS.values()], rows)
 

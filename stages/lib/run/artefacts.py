@@ -88,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_parquet(path: Path, columns: dict[str, Any] | pa.Table) -> None:
     """A parquet file whose bytes depend on its content alone (no pandas metadata, no timestamps)."""
-    table = columns if isinstance(columns, pa.Table) else pa.table(columns)
+    table = pa.table(columns) if isinstance(columns, dict) else columns
     with atomic_path(path, table.nbytes) as partial:
         pq.write_table(table, partial, compression="zstd")
 

@@ -197,7 +197,7 @@ def _random_state() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_initialized():

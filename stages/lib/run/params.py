@@ -94,8 +94,8 @@ def _in_words(section: str, cls: type[Section], error: ValidationError) -> str:
     if first["type"] in ("extra_forbidden", "invalid_key"):
         return f"'{section}.{place[0]}' is unknown; known keys: {', '.join(cls.model_fields)}"
     if not place:  # of a validator over several keys
-        return f"{section}: {first['ctx']['error']}"
-    field = cls.model_fields[place[0]]
+        return f"{section}: {first.get('ctx', {})['error']}"
+    field = cls.model_fields[str(place[0])]
     hint = field.annotation
     if place[-1] == "[key]":  # pydantic's way of pointing at a dict's own key
         return f"'{section}.{place[0]}' must have texts as keys, not {first['input']!r}"

@@ -2,6 +2,7 @@
 
 import fcntl
 import importlib.metadata
+import io
 import os
 import platform
 import re
@@ -27,7 +28,8 @@ def run_stage(stage: str, main: Callable[..., dict[str, Any] | None], params_cla
     tokens per second are added. run.json is a metric but no out of the stage: it differs from run to run.
     A UserError, a full disk and used-up memory end the process with exit status 1 and one line.
     """
-    sys.stdout.reconfigure(line_buffering=True)  # DVC reads through a pipe
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # DVC reads through a pipe
     started = time.monotonic()
     try:
         fence = take_fence(stage, Path("."))
@@ -88,7 +90,8 @@ def take_fence(stage: str, root: Path) -> IO[str] | None:
 def shortage(error: Exception, stage: str, params_class: type) -> str | None:
     """What to do about a full disk or used-up memory, in one line; None for any other error."""
     if is_no_room(error):
-        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        file = getattr(error, "filename", None)
+        where = f"{file}: " if file else ""
         return f"{where}no room left on the disk ({error}). Make room, then run dvc repro again"
     # torch says so in a RuntimeError: OutOfMemoryError on an accelerator, DefaultCPUAllocator on the CPU
     if isinstance(error, MemoryError) or (
@@ -125,7 +128,7 @@ def peak_memory_mb() -> float:
     """
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text()
-        return int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024 / 1e6
+        return int(re.findall(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[0]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes, on macOS
 
 

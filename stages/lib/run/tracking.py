@@ -20,7 +20,7 @@ def tracked(stage: str, params: Section) -> Iterator[Callable[[dict[str, float]]
         yield lambda row: None
         return
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]: an extra
     except ImportError:
         raise UserError("WANDB_PROJECT is set but wandb is missing: pip install wandb, or unset it") from None
     with wandb.init(project=project, name=stage, config=params.model_dump()) as run:
