@@ -148,7 +148,7 @@ def _inverse_transform(probs: Tensor, uniform: Tensor) -> Tensor:
     """
     exact = torch.float32 if probs.device.type == "mps" else torch.float64  # 49,152 small terms; MPS has no fp64
     blocks = functional.pad(probs, (0, -probs.shape[1] % SAMPLE_BLOCK)).unflatten(1, (-1, SAMPLE_BLOCK))
-    sums = blocks.sum(-1, dtype=exact).cumsum(-1)
+    sums = blocks.sum(-1).cumsum(-1, dtype=exact)  # few terms a block: as exact in float32 as they are
     target = uniform.to(sums)[:, None] * sums[:, -1:]
     block = _first_above(sums, target)
     before = functional.pad(sums, (1, 0)).gather(1, block)
@@ -158,9 +158,8 @@ def _inverse_transform(probs: Tensor, uniform: Tensor) -> Tensor:
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
     """(B, 1) first places whose cumulative sum exceeds the target, at most the last that adds to the sum."""
-    last = torch.searchsorted(
-        cumulative, cumulative[:, -1:].contiguous()
-    )  # rounding may have put the target at the end
+    end = cumulative[:, -1:].contiguous()
+    last = torch.searchsorted(cumulative, end)  # rounding may have put the target at the end
     found = torch.searchsorted(cumulative, target, right=True)
     return torch.minimum(found, last).clamp(max=cumulative.shape[1] - 1)  # not a number: sorts beyond the end
 
