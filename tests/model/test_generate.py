@@ -45,8 +45,8 @@ def test_greedy_is_transformers_greedy_whatever_the_batch(lively_model, tokenize
 
 def test_what_all_prompts_begin_with_is_read_once(lively_model, tokenizer):
     read = []
-    lively_model.register_forward_pre_hook(
-        lambda module, args, options: read.append(options["input_ids"].numel()), with_kwargs=True
+    lively_model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: read.append(args[0].numel())
     )
     run(lively_model, tokenizer, [[*range(20, 40), 1, 2, 3], [*range(20, 40), 4, 5, 6, 7]], new=2)
     assert read == [20, 2 * 4, 2]
@@ -61,9 +61,7 @@ def test_the_output_weights_are_not_copied_for_each_row(tiny_model, tokenizer):
 
 def test_a_batch_shrinks_by_whole_blocks_of_rows(lively_model, tokenizer):
     rows = []
-    lively_model.register_forward_pre_hook(
-        lambda module, args, options: rows.append(len(options["input_ids"])), with_kwargs=True
-    )
+    lively_model.get_input_embeddings().register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     answers = run(lively_model, tokenizer, [[1, 40 + i] for i in range(9)], new=[8, 1, 2, 3, 4, 5, 6, 7, 8])
     assert [len(answer) for answer in answers] == [8, 1, 2, 3, 4, 5, 6, 7, 8]
     # 9 8 7 6 5 4 3 2 rows are left to answer, after the prefix

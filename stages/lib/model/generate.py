@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
+from stages.lib.model.llama_step import LlamaStep, is_plain_llama
 from stages.lib.model.loading import DTYPES
 from stages.lib.model.packing import shared_prefix_length, shares_prefixes
 
@@ -227,15 +228,19 @@ def _decode(
     mask = torch.tensor(mask, device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, common:]
     going = list(range(len(rows)))  # places of the rows that have not ended
+    lean: LlamaStep | None = None
     for step in range(max(budgets[i] for i in rows)):
-        logits = model(
-            input_ids=inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=last,
-        ).logits[:, -1]
+        if lean:
+            logits = lean(inputs[:, 0], positions)
+        else:
+            logits = model(
+                input_ids=inputs,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=last,
+            ).logits[:, -1]
         logits[:, tokenizer.pad_token_id] = -torch.inf
         if temperature is None:
             tokens = logits.argmax(-1)
@@ -254,6 +259,8 @@ def _decode(
         bar.update(before - len(going))
         if not going:
             return
+        if step == 0 and is_plain_llama(model):
+            lean = LlamaStep(model, cache, mask, CACHE_BLOCK)
         room = math.ceil(len(going) / ROW_BLOCK) * ROW_BLOCK
         if room < len(rows):
             ended = sorted(set(range(len(rows))) - set(going))
@@ -261,7 +268,7 @@ def _decode(
             going = [kept.index(place) for place in going]
             rows = [rows[place] for place in kept]
             kept = torch.tensor(kept, device=device)
-            cache.batch_select_indices(kept)
+            (lean.keep if lean else cache.batch_select_indices)(kept)
             tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
         inputs = tokens[:, None]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
