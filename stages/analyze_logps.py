@@ -5,7 +5,7 @@ Reads   data/tokenized/pairs_{train,heldout}.parquet, unseen.parquet   the texts
         models/base, models/dpo, models/ppo
         data/pairs/heldout.parquet                  texts, for the one-feature rankers
         reports/train_dpo/{history,heldout}.csv, reports/train_reward/heldout_scores.csv,
-        reports/train_ppo/{history,heldout_scores}.csv
+        reports/train_ppo/history.csv
 Writes  reports/analyze_logps/logps.parquet         model, group, row, prompt_id, tokens, logp, logp_per_token
         reports/analyze_logps/metrics.json          every estimate X with X_low and X_high
         reports/analyze_logps/answer.md             the same as a paragraph
@@ -47,7 +47,6 @@ MEASURED = (  # under reports/
     "train_dpo/heldout.csv",
     "train_reward/heldout_scores.csv",
     "train_ppo/history.csv",
-    "train_ppo/heldout_scores.csv",
 )
 
 
@@ -143,14 +142,13 @@ def write_plots(root: Path, texts: pd.DataFrame, estimates: dict, measured: dict
         "displacement": moved.to_dict("records"),
         "rankers": [{"ranker": name} | each.as_metrics("accuracy") for name, each in accuracies.items()],
     }
-    training, heldout, rewards, path, before_after = (measured[name] for name in MEASURED)
+    training, heldout, _, path = (measured[name] for name in MEASURED)
     pictures = {
         "densities": plots.densities(texts),
         "ecdf": plots.ecdf(texts),
         "displacement": plots.displacement(moved),
         "rankers": plots.rankers(accuracies, trained=("dpo", "ppo", "reward_model")),
         "margins": plots.margins(training, heldout),
-        "scores": plots.scores(rewards, before_after),
         "score_kl": plots.score_kl(path),
     }
     for name, rows in curves.items():

@@ -1,6 +1,7 @@
 """Gather every number, curve, picture and sample into one page that opens without a network.
 
-Reads   reports/<stage>/metrics.json, history.csv, heldout.csv, measures.csv, samples.json, answer.md, *.png
+Reads   reports/<stage>/metrics.json, history.csv, heldout.csv, scorecard.csv, verdicts.json, samples.json,
+        answer.md, *.png
         reports/<stage>/run.json                 if there; no dep, since it differs from run to run
         params.yaml
 Writes  reports/index.html                       the report, self-contained
@@ -17,6 +18,7 @@ from pydantic import Field, model_validator
 from stages.lib.report import numbers, sections
 from stages.lib.report.files import ReportFiles
 from stages.lib.report.page import Page, paragraphs, sections_of, strong
+from stages.lib.report.plots import MODELS
 from stages.lib.report.render import render
 from stages.lib.run.artefacts import atomic_path
 from stages.lib.run.params import Base, Section, read_params
@@ -39,13 +41,13 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     page = Page(
         title=params.title,
         lede=sections.lede(files),
-        answer=paragraphs(files.text("analyze_logps", "answer.md")),
+        answer=paragraphs(sections.verdict_paragraphs(files) + "\n\n" + files.text("analyze_logps", "answer.md")),
         tiles=[*numbers.tiles(files), sections.cost_tile(files)],
         forests=numbers.forests(files),
         curves=sections.training_curves(files),
         pictures=sections.pictures(root),
         samples=sections.gallery(files, params.gallery_rows),
-        style=sections.style(files, mark_change=strong),
+        style=sections.scorecard(files, mark_change=strong),
         setup=[*sections.setup(files, read_params(root)), ("Seed, precision", f"{base.seed}, {base.precision}")],
         data=sections.data_counts(files),
         parameters=sections_of((root / "params.yaml").read_text(encoding="utf-8"), sections.PARAMETERS),
@@ -56,6 +58,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     with atomic_path(root / "reports/index.html") as partial:
         partial.write_bytes(html)
     print(f"wrote reports/index.html: {len(html) / 1e6:.1f} MB")
+    for model, (word, reasons) in files.verdicts().items():
+        print(f"{MODELS[model]}: {word}: {reasons}")
     return {}
 
 

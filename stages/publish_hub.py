@@ -34,8 +34,8 @@ from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, Section, read_params
 from stages.lib.run.stage import run_stage
 
-STAGES = ("fetch_base", "fetch_pairs", "tokenize_pairs", "reference_logps", "train_dpo", "train_reward")
-STAGES += ("train_ppo", "sample_responses", "analyze_logps")
+STAGES = ("fetch_base", "fetch_pairs", "corrupt_answers", "tokenize_pairs", "reference_logps", "train_dpo")
+STAGES += ("train_reward", "train_judge", "train_ppo", "sample_responses", "score_responses", "analyze_logps")
 UNKNOWN_OWNER = "your-name"
 NUM_EXAMPLES = 4  # prompts shown on a card
 NOTES: dict[Kind, str] = {
@@ -114,6 +114,8 @@ def render_repository(root: Path, kind: Kind, facts: Facts, folder: Path) -> Non
     """Weights, tokenizer, numbers and pictures of one model, and the card last."""
     take_model(root / f"models/{kind}", folder)
     take(root / f"reports/train_{kind}/metrics.json", folder / "metrics.json")
+    if kind != "reward":
+        take(root / "reports/score_responses/scorecard.csv", folder / "scorecard.csv")
     for picture in PICTURES[kind]:
         take(root / picture.source, folder / "pictures" / picture.file)
     if kind == "reward":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from stages.lib.data.reference import FOLDER, SPLITS, fingerprint, write_reference_logps
+from stages.lib.data.reference import FOLDER, NEGATIVES, SPLITS, fingerprint, write_reference_logps
 from stages.lib.model.loading import freeze, load_causal_lm, pick_device, pick_precision
 from stages.lib.model.logps import completion_logps
 from stages.lib.run.artefacts import read_parquet, round_floats, write_json
@@ -32,11 +32,18 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     logps, metrics, tokens = {}, {}, 0
     for split in SPLITS:
         pairs = read_parquet(root / f"data/tokenized/pairs_{split}.parquet")
-        prompts = pairs["prompt_input_ids"] * 2
-        completions = pairs["chosen_input_ids"] + pairs["rejected_input_ids"]
+        # the chosen answers of corrupted copies are those of the training pairs
+        known = (
+            dict(zip(logps["train"]["row"], logps["train"]["chosen_logps"], strict=True))
+            if split == NEGATIVES
+            else {}
+        )
+        prompts = pairs["prompt_input_ids"] * (1 if known else 2)
+        completions = ([] if known else pairs["chosen_input_ids"]) + pairs["rejected_input_ids"]
         both = completion_logps(
             model, prompts, completions, params.micro_batch_tokens, precision, f"reference {split}"
         ).tolist()
+        both = [known[row] for row in pairs["row"]] + both if known else both
         count = len(pairs["row"])
         logps[split] = {
             "row": pairs["row"],

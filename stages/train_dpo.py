@@ -1,7 +1,9 @@
 """Train the policy with DPO (arXiv:2305.18290) against the frozen base.
 
 Reads   models/base, data/tokenized/pairs_{train,heldout}.parquet, data/reference_logps
+        data/tokenized/prompts_judge.parquet    looked at during training, and never trained on
 Writes  models/dpo                          policy weights and tokenizer
+        data/courses/dpo.parquet            the answers to the judge's prompts at every look
         reports/train_dpo/history.csv       one row per optimizer step
         reports/train_dpo/heldout.csv       one row per evaluation on held-out pairs
         reports/train_dpo/metrics.json      held-out numbers after the last step
@@ -16,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -36,11 +38,14 @@ from stages.lib.model.loading import (
     save_model,
     set_seed,
 )
-from stages.lib.model.logps import CompletionLogps
+from stages.lib.model.logps import CompletionLogps, TokenLogps
 from stages.lib.model.packing import micro_batches_of_process, pack, shares_prefixes
 from stages.lib.rl.dpo import dpo_losses, implicit_rewards, ipo_losses, sft_losses
+from stages.lib.rl.looks import Course, babbles, habits
+from stages.lib.rl.rollout import Actor
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.checkpoints import Checkpoints
+from stages.lib.run.draws import draw
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_stage
@@ -58,8 +63,15 @@ class Params(Section):
     weight_decay: float = Field(ge=0)  # decoupled
     max_grad_norm: float | None = Field(gt=0)  # clipping, or none
     epochs: int = Field(gt=0)
+    hard_negatives: float = Field(
+        ge=0, le=1
+    )  # share of training pairs that come with a corrupted copy as a further pair
     batch_size: int = Field(gt=0)  # pairs per optimizer step, over all processes
     eval_steps: int = Field(ge=0)  # held-out evaluation every so many steps; 0: only after the last
+    look_steps: int = Field(gt=0)  # steps between looks at sampled answers
+    look_prompts: int = Field(gt=0)  # judge prompts answered at every look
+    response_length: int = Field(gt=0)  # tokens of these answers, at most
+    temperature: float = Field(gt=0)  # of sampling them
     micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward and backward pass
 
     @model_validator(mode="after")
@@ -91,6 +103,13 @@ class Pairs:
             prompts * len(p) + len(c) + len(r)
             for p, c, r in zip(self.prompts, self.chosen, self.rejected, strict=True)
         ]
+
+    def extend(self, other: "Pairs", index: list[int]) -> None:
+        """Appends the pairs of `other` at `index`."""
+        for name in ("rows", "prompts", "chosen", "rejected", "lengths"):
+            getattr(self, name).extend(getattr(other, name)[i] for i in index)
+        for name in ("ref_chosen_logps", "ref_rejected_logps", "chosen_lengths", "rejected_lengths"):
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)[index]]))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -189,7 +208,16 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     accelerator = make_accelerator(device, precision)
     set_seed(base.seed)
 
+    tokenizer = load_tokenizer(root / "models/base")
+    judged = read_parquet(root / "data/tokenized/prompts_judge.parquet")
+    chosen = draw(len(judged["prompt_id"]), params.look_prompts, base.seed, "look_prompts")
+    look_prompts = [judged["input_ids"][i] for i in chosen]
     train, heldout = (Pairs(root, split, shares_prefixes(accelerator.device)) for split in ("train", "heldout"))
+    train_pairs = len(train)
+    if params.hard_negatives:
+        negatives = Pairs(root, "negatives", shares_prefixes(accelerator.device))
+        count = round(params.hard_negatives * len(negatives))
+        train.extend(negatives, draw(len(negatives), count, base.seed, "hard_negatives"))
     model = load_causal_lm(root / "models/base", accelerator.device)
     policy = CompletionLogps(model)
     optimizer = torch.optim.AdamW(
@@ -201,30 +229,53 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     scheduler = get_scheduler(schedule, optimizer.optimizer, params.warmup_steps, num_steps)
 
     sharded = accelerator.distributed_type == DistributedType.FSDP
+    actor = Actor(
+        TokenLogps(model, params.temperature),
+        tokenizer,
+        accelerator,
+        precision,
+        params.response_length,
+        max(params.micro_batch_tokens, 4096),  # without a backward pass
+    )
     with Checkpoints("train_dpo", root, base, params, sharded) as checkpoints:
         saved = checkpoints.load(
             model=model, optimizer=optimizer.optimizer, scheduler=scheduler, scaler=accelerator.scaler
         )
-        history: list[dict[str, float]] = saved.get("history", [])
+        history: list[dict[str, Any]] = saved.get("history", [])
+        course = Course([judged["prompt_id"][i] for i in chosen], saved.get("course", {}))
+        looks: list[dict[str, float]] = saved.get("looks", [])
         evaluations: list[dict[str, float]] = saved.get("evaluations", [])
         done = len(history)
 
         def evaluate(step: int) -> None:
-            with torch.no_grad():
+            with torch.no_grad(), use_packed_attention(model):
                 index = list(range(len(heldout)))
                 metrics = run_batch(accelerator, policy, params, heldout, index, train=False)
             evaluations.append({"step": step, **metrics})
 
-        with use_packed_attention(model), tracked("train_dpo", params) as log:
-            if not done:
+        def look(step: int) -> None:
+            """What the policy now answers to a few of the judge's prompts."""
+            if sharded:  # each process holds a part of the model, which cannot sample
+                return
+            pairs_seen = sum(len(index) for _, index in islice(batches_of(len(train), params, base.seed), step))
+            rollout = actor.roll_out(look_prompts, base.seed).gathered(accelerator)
+            course.add(step, pairs_seen, rollout)
+            looks.append(habits(rollout.responses, tokenizer))
+            if (warning := babbles(looks[-1], looks[0])) and accelerator.is_main_process:
+                tqdm.write(f"train_dpo: warning: step {step}: the policy {warning}")
+
+        with tracked("train_dpo", params) as log:
+            if not evaluations:
                 evaluate(0)
+                look(0)
             batches = islice(batches_of(len(train), params, base.seed), done, None)
             bar = tqdm(
                 batches, "train_dpo", num_steps, initial=done, unit="step", disable=not accelerator.is_main_process
             )
             for step, (epoch, index) in enumerate(bar, start=done + 1):
                 # 1. Log-probs of both completions, loss and gradients, summed over micro-batches
-                metrics = run_batch(accelerator, policy, params, train, index, train=True)
+                with use_packed_attention(model):
+                    metrics = run_batch(accelerator, policy, params, train, index, train=True)
                 if not math.isfinite(metrics["loss"]):
                     raise non_finite_loss(root, step, [train.rows[i] for i in index], metrics)
                 # 2. One optimizer step on the mean gradient of the batch
@@ -243,17 +294,27 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
                         "learning_rate": learning_rate,
                     }
                 )
+                if step == num_steps or step % params.look_steps == 0:
+                    look(step)
+                history[-1] |= {name: looks[-1][name] if looks else None for name in ("rep_4", "ended", "tokens")}
                 log(history[-1])
-                bar.set_postfix(loss=f"{metrics['loss']:.3f}", margin=f"{metrics['rewards/margins']:.2f}")
+                seen = {name: f"{looks[-1][name]:.2f}" for name in ("rep_4", "ended")} if looks else {}
+                bar.set_postfix(loss=f"{metrics['loss']:.3f}", margin=f"{metrics['rewards/margins']:.2f}", **seen)
                 if step == num_steps or (params.eval_steps and step % params.eval_steps == 0):
                     evaluate(step)
-                checkpoints.save_if_due(history=history, evaluations=evaluations)
+                checkpoints.save_if_due(
+                    history=history, evaluations=evaluations, course=course.columns, looks=looks
+                )
 
         weights = accelerator.get_state_dict(policy)  # by all processes together: FSDP joins its parts
         if accelerator.is_main_process:
+            course.compare_with(
+                root / "models/base", look_prompts, params.temperature, accelerator.device, precision
+            )
+            course.write(root / "data/courses/dpo.parquet")
             weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
-            save_model(model, load_tokenizer(root / "models/base"), root / "models/dpo", weights)
-            write_reports(root, history, evaluations, len(train), len(heldout))
+            save_model(model, tokenizer, root / "models/dpo", weights)
+            write_reports(root, history, evaluations, train_pairs, len(train) - train_pairs, len(heldout))
 
     tokens = params.epochs * sum(train.lengths) + len(evaluations) * sum(heldout.lengths)
     return {
@@ -265,13 +326,14 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
 
 
 def write_reports(
-    root: Path, history: list[dict], evaluations: list[dict], num_train: int, num_heldout: int
+    root: Path, history: list[dict], evaluations: list[dict], num_train: int, num_negatives: int, num_heldout: int
 ) -> None:
     reports = root / "reports/train_dpo"
     write_history(reports / "history.csv", round_floats(history, 8))
     write_history(reports / "heldout.csv", round_floats(evaluations, 8))
     metrics = {
         "train_pairs": num_train,
+        "hard_negatives": num_negatives,
         "heldout_pairs": num_heldout,
         "steps": len(history),
         "heldout": {name: value for name, value in evaluations[-1].items() if name != "step"},

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -33,8 +33,12 @@ from stages.lib.run.checkpoints import Checkpoints
 from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_stage
 
+PAIR_REPEATS = 2  # of every pair among its hard negatives, of which each kind stands once
 CHUNK = 128  # texts between two chances to save their features
 HISTORY = ["loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"]  # TRL 1.16's own names
+
+
+CORRUPTED = "corrupted "  # before a split's name: the corrupted copies of its chosen answers
 
 
 class Params(Section):
@@ -42,6 +46,7 @@ class Params(Section):
     epochs: int = Field(gt=0)
     batch_size: int = Field(gt=0)  # pairs per optimizer step
     logging_steps: int = Field(gt=0)  # optimizer steps between rows of the history
+    hard_negatives: bool  # corrupted copies of chosen answers as further rejected ones
     micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward pass of the backbone
 
 
@@ -87,13 +92,21 @@ def features_of(
     precision: str,
     checkpoints: Checkpoints,
 ) -> dict[str, Dataset]:
-    """The pairs of each split with chosen_features and rejected_features (H,) beside their ids."""
+    """The pairs of each table with chosen_features and rejected_features (H,) beside their ids.
+
+    The chosen answers of corrupted copies are those of the pairs they are copies of, and are read once.
+    """
     features: dict[str, Tensor] = checkpoints.load()
     datasets = {}
     for split, pairs in columns.items():
         dataset = {}
         for side in ("chosen", "rejected"):
             name, ids = f"{split} {side}", pairs[f"{side}_ids"]
+            if side == "chosen" and split.startswith(CORRUPTED):
+                places = {row: i for i, row in enumerate(columns[split.removeprefix(CORRUPTED)]["row"])}
+                own = features[name.removeprefix(CORRUPTED)][[places[row] for row in pairs["row"]]]
+                dataset |= {"chosen_ids": ids, "chosen_features": own.numpy()}
+                continue
             done = features.setdefault(name, torch.empty(0, model.config.hidden_size))
             starts = range(len(done), len(ids), CHUNK)
             for start in tqdm(starts, f"{name} features", unit=f"{CHUNK} texts", disable=not starts):
@@ -190,6 +203,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     columns = {
         split: read_parquet(root / f"data/tokenized/reward_{split}.parquet") for split in ("train", "heldout")
     }
+    for split in ("train", "heldout") if params.hard_negatives else ("heldout",):
+        columns[CORRUPTED + split] = read_parquet(root / f"data/tokenized/reward_negatives_{split}.parquet")
     tokenizer = load_tokenizer(root / "models/base")
 
     # 1. The base with a fresh head; all but the head frozen
@@ -202,17 +217,30 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         datasets = features_of(model, columns, params, precision, checkpoints)
         train, heldout = datasets["train"], datasets["heldout"]
 
-        # 3. The head
-        history, steps = train_head(model, tokenizer, train, heldout, params, base.seed)
+        # 3. The head, on the pairs, or on them and every corrupted copy of their chosen answers
+        fitted = train
+        if params.hard_negatives:
+            columns_of_both = ["chosen_ids", "rejected_ids", "chosen_features", "rejected_features"]
+            parts = [train] * PAIR_REPEATS + [datasets[CORRUPTED + "train"]]
+            fitted = concatenate_datasets([part.select_columns(columns_of_both) for part in parts])
+        history, steps = train_head(model, tokenizer, fitted, heldout, params, base.seed)
 
         # 4. Held-out scores and reports
         weight = model.score.weight.detach().cpu().squeeze(0)
         chosen_scores = heldout["chosen_features"][:] @ weight
         rejected_scores = heldout["rejected_features"][:] @ weight
+        corrupted = datasets[CORRUPTED + "heldout"]
+        resisted = corrupted["chosen_features"][:] @ weight > corrupted["rejected_features"][:] @ weight
+        kinds = columns[CORRUPTED + "heldout"]["kind"]
         metrics = {
             "train_pairs": len(train),
+            "hard_negatives": len(datasets[CORRUPTED + "train"]) if params.hard_negatives else 0,
             "heldout_pairs": len(heldout),
             "steps": steps,
+            "by_kind": {
+                kind: resisted[[each == kind for each in kinds]].float().mean().item()
+                for kind in dict.fromkeys(kinds)
+            },
             "heldout": heldout_figures(chosen_scores, rejected_scores),
         }
         scores = zip(
@@ -234,6 +262,12 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
             f"wrote models/reward and {reports}: held-out accuracy {metrics['heldout']['accuracy']:.3f}, "
             f"score gap {metrics['heldout']['margin']:.2f} over {len(heldout)} pairs"
         )
+        for kind, accuracy in metrics["by_kind"].items():
+            if accuracy < 0.5:
+                print(
+                    f"warning: the reward model prefers a corrupted copy ({kind}) to the answer itself in "
+                    f"{1 - accuracy:.0%} of held-out cases, and PPO will be paid for it"
+                )
     tokens = sum(
         len(ids) for split in columns.values() for side in ("chosen_ids", "rejected_ids") for ids in split[side]
     )

@@ -99,11 +99,6 @@ def prepared(tokenizer, embedded_pairs, tmp_path_factory):
             "objective/kl": [0.0, 0.3],
             "objective/raw_scores": [-1.0, 0.5],
         },
-        "train_ppo/heldout_scores.csv": {
-            "prompt_id": [115, 116, 117],
-            "score_before": [0.1, 0.4, -0.3],
-            "score_after": [0.6, 0.2, 0.9],
-        },
     }
     for path, table in tables.items():
         (root / "reports" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +113,7 @@ def reports(root):
 def test_the_stage_writes_what_it_promises_and_the_same_bytes_again(prepared):
     main(BASE, PARAMS, prepared)
     first = reports(prepared)
-    pictures = {"densities", "ecdf", "displacement", "rankers", "margins", "scores", "score_kl"}
+    pictures = {"densities", "ecdf", "displacement", "rankers", "margins", "score_kl"}
     curves = {"quantiles", "displacement", "rankers"}
     expected = {"logps.parquet", "metrics.json", "answer.md"}
     assert set(first) == expected | {f"{name}.png" for name in pictures} | {f"{name}.csv" for name in curves}

@@ -26,8 +26,10 @@ IN_ORDER = [
     "reference_logps",
     "train_dpo",
     "train_reward",
+    "train_judge",
     "train_ppo",
     "sample_responses",
+    "score_responses",
     "analyze_logps",
     "publish_hub",
     "build_report",
@@ -132,8 +134,9 @@ def downstream_of(repo: Repo, changed: set[str]) -> set[str]:
     return reached
 
 
-AFTER_DPO = {"train_dpo", "sample_responses", "analyze_logps", "publish_hub", "build_report"}
-AFTER_REWARD = {"train_reward", "train_ppo", "sample_responses", "analyze_logps", "publish_hub", "build_report"}
+AFTER_ANSWERS = {"score_responses", "publish_hub", "build_report"}
+AFTER_DPO = {"train_dpo", "sample_responses", "analyze_logps"} | AFTER_ANSWERS
+AFTER_REWARD = {"train_reward", "train_ppo", "sample_responses", "analyze_logps"} | AFTER_ANSWERS
 EVERYTHING = set(IN_ORDER)
 
 
@@ -191,7 +194,14 @@ def line_added_to(name: str, line: str):
         (change_of("train_reward.learning_rate", 1e-6), AFTER_REWARD),
         (change_of("train_ppo.kl_coef", 0.9), AFTER_REWARD - {"train_reward"}),
         (change_of("train_ppo.policy", "dpo"), AFTER_REWARD - {"train_reward"}),
-        (change_of("sample_responses.temperature", 0.1), {"sample_responses", "publish_hub", "build_report"}),
+        (change_of("sample_responses.temperature", 0.1), {"sample_responses"} | AFTER_ANSWERS),
+        (change_of("analyze_logps.confidence", 0.9), {"analyze_logps"} | AFTER_ANSWERS),
+        (line_added_to("stages/lib/analysis/verdict.py", "\n# a rule\n"), AFTER_ANSWERS),
+        (line_added_to("stages/lib/analysis/measures.py", "\n# a measure\n"), AFTER_ANSWERS),
+        (
+            line_added_to("stages/lib/analysis/text_features.py", "\n# an emoji\n"),
+            {"analyze_logps"} | AFTER_ANSWERS,
+        ),
         (change_of("publish_hub.name", "another-name"), {"publish_hub"}),
         (line_added_to("stages/lib/hub/card.md.jinja", "\nA sentence.\n"), {"publish_hub"}),
         (change_of("fetch_base.path", "data/base_embedded.json"), EVERYTHING - {"fetch_pairs", "corrupt_answers"}),

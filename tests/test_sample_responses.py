@@ -1,29 +1,33 @@
-"""The stage on tiny models: what it writes, that it repeats, and that its numbers are those of its texts."""
+"""The stage on tiny models: what it writes, that it repeats, and log-probs that are those of the definition."""
 
-import csv
 import json
 
+import pandas as pd
 import pytest
 import torch
 from pydantic import ValidationError
 
-from stages.lib.analysis.text_features import count_emoji
 from stages.lib.model.logps import get_log_prob
-from stages.lib.run.artefacts import write_parquet
+from stages.lib.run.artefacts import read_parquet, write_parquet
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
 from stages.sample_responses import FIRST_PROMPT, Params, main
 
 BASE = Base(seed=7, precision="fp32")
-PARAMS = Params(num_prompts=4, max_new_tokens=20, gallery_max_new_tokens=6, temperature=0.7, top_p=0.95)
-PROMPTS = [
-    "Why | is\nthe sky blue?",
-    "Tea or coffee?",
-    "<b>Hi</b>",
-    "How do I knit?",
-    "What is new?",
-    FIRST_PROMPT,
-]
+PARAMS = Params(max_new_tokens=6, temperature=0.7, best_of_n_prompts=2, gallery_prompts=4, first_max_new_tokens=20)
+PROMPTS = {
+    "heldout": [
+        "Why | is\nthe sky blue?",
+        "Tea or coffee?",
+        "<b>Hi</b>",
+        "How do I knit?",
+        "What is new?",
+        FIRST_PROMPT,
+    ],
+    "eval": ["Do you sing?", "Do you dance?"],
+    "judge": ["Who are you?", "Where is it?", "When is it?"],
+}
+LOOKED_AT = [8, 10]  # of the judge's prompts 8, 9, 10
 
 
 @pytest.fixture
@@ -34,93 +38,117 @@ def root(tiny_base, tiny_model, tokenizer):
                 parameter.mul_(1.5)
         tiny_model.save_pretrained(tiny_base / "models" / name)
         tokenizer.save_pretrained(tiny_base / "models" / name)
-    ids = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-        )
-        for prompt in PROMPTS
-    ]
-    columns = {"prompt_id": list(range(len(PROMPTS))), "prompt": PROMPTS, "input_ids": ids}
-    write_parquet(tiny_base / "data/tokenized/prompts_heldout.parquet", columns)
+        write_parquet(tiny_base / f"data/courses/{name}.parquet", {"prompt_id": LOOKED_AT * 2})
+    first = 0
+    for split, prompts in PROMPTS.items():
+        ids = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+            )
+            for prompt in prompts
+        ]
+        columns = {"prompt_id": list(range(first, first + len(prompts))), "prompt": prompts, "input_ids": ids}
+        write_parquet(tiny_base / f"data/tokenized/prompts_{split}.parquet", columns)
+        first += len(prompts)
     return tiny_base
 
 
-def reports(root):
-    folder = root / "reports/sample_responses"
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def written(root):
+    names = ("data/answers.parquet", "data/best_of_n.parquet")
+    names += tuple(f"reports/sample_responses/{name}" for name in ("samples.json", "samples.md", "metrics.json"))
+    return {name: (root / name).read_bytes() for name in names}
 
 
-def test_every_prompt_is_answered_by_every_model_the_fixed_one_first(root):
-    facts = main(BASE, PARAMS, root)
-    written = reports(root)
-    assert set(written) == {"samples.json", "samples.md", "measures.csv", "metrics.json"}
-    samples = json.loads(written["samples.json"])
+def test_who_answers_what(root):
+    main(BASE, PARAMS, root)
+    answers = pd.DataFrame(read_parquet(root / "data/answers.parquet"))
+    assert not answers.duplicated(["model", "decoding", "prompt_id"]).any()
+    asked = answers.groupby(["model", "decoding", "split"])["prompt_id"].agg(list).to_dict()
+    expected = {}
+    for model in ("base", "dpo", "ppo"):
+        expected |= {(model, decoding, "heldout"): [0, 1, 2, 3, 4, 5] for decoding in ("greedy", "sampled")}
+        expected[model, "sampled", "eval"] = [6, 7]
+    assert asked == expected | {("base", "sampled", "judge"): LOOKED_AT}
+    assert (answers["response_ids"].map(len) <= 6).all()
+    candidates = pd.DataFrame(read_parquet(root / "data/best_of_n.parquet"))
+    assert candidates.groupby("prompt_id")["candidate"].agg(list).tolist() == [list(range(16))] * 2
+    several = candidates[candidates["candidate"] < 2]["response_ids"].map(tuple)
+    assert several.nunique() == len(several)  # each candidate has random numbers of its own
+
+
+def test_the_gallery_shows_the_measured_answers_and_the_first_prompt_in_full(root):
+    main(BASE, PARAMS, root)
+    samples = json.loads((root / "reports/sample_responses/samples.json").read_text())
     assert [sample["prompt"] for sample in samples].count(FIRST_PROMPT) == 1
     assert samples[0]["prompt"] == FIRST_PROMPT and samples[0]["prompt_id"] is None
-    assert len(samples) == 1 + PARAMS.num_prompts
-    for sample in samples:
+    assert len(samples) == 1 + PARAMS.gallery_prompts
+    answers = pd.DataFrame(read_parquet(root / "data/answers.parquet"))
+    texts = answers.set_index(["model", "decoding", "prompt_id"])["text"]
+    for sample in samples[1:]:
         for part in ("answers", "ended"):
             assert list(sample[part]) == ["base", "dpo", "ppo"]
-            assert all(list(each) == ["greedy", "sampled"] for each in sample[part].values())
-    assert facts["tokens"] <= 6 * (20 + 4 * 6)
-    assert written["samples.md"].decode().count("\n## ") == 5
-
-    rows = list(csv.DictReader(written["measures.csv"].decode().splitlines()))
-    assert len(rows) == 3 * 2 * 8
-    greedy = [sample["answers"]["dpo"]["greedy"] for sample in samples[1:]]
-    (emoji,) = [
-        row for row in rows if (row["model"], row["decoding"], row["measure"]) == ("dpo", "greedy", "emoji")
-    ]
-    assert float(emoji["mean"]) == sum(map(count_emoji, greedy)) / 4
+        for model, both in sample["answers"].items():
+            assert both == {how: texts[model, how, sample["prompt_id"]] for how in ("greedy", "sampled")}
+    shown = (root / "reports/sample_responses/samples.md").read_text()
+    assert shown.count("\n## ") == 5
 
 
 def test_the_same_seed_gives_the_same_files(root):
     main(BASE, PARAMS, root)
-    first = reports(root)
+    first = written(root)
     main(BASE, PARAMS, root)
-    assert reports(root) == first
+    assert written(root) == first
     main(Base(seed=8, precision="fp32"), PARAMS, root)
-    assert reports(root)["samples.json"] != first["samples.json"]
+    assert written(root)["data/answers.parquet"] != first["data/answers.parquet"]
 
 
-def test_log_prob_under_base_is_that_of_the_definition(root, tiny_model, tokenizer, monkeypatch):
-    import stages.sample_responses as stage
-
-    seen = {}
-
-    def spy(model, prompts, completions, *args):
-        seen["prompts"], seen["completions"] = prompts, completions
-        seen["logps"] = real(model, prompts, completions, *args)
-        return seen["logps"]
-
-    real = stage.completion_logps
-    monkeypatch.setattr(stage, "completion_logps", spy)
+def test_log_probs_are_those_of_the_definition_at_the_sampling_temperature(root, tiny_model):
     main(BASE, PARAMS, root)
-    base = type(tiny_model).from_pretrained(root / "models/base").eval()
-    for i in (0, 7, 29):
-        prompt, answer = seen["prompts"][i], seen["completions"][i]
+    answers = pd.DataFrame(read_parquet(root / "data/answers.parquet"))
+    prompts = {}
+    for split in PROMPTS:
+        columns = read_parquet(root / f"data/tokenized/prompts_{split}.parquet")
+        prompts |= dict(zip(columns["prompt_id"], columns["input_ids"], strict=True))
+    models = {
+        name: type(tiny_model).from_pretrained(root / "models" / name).eval() for name in ("base", "dpo", "ppo")
+    }
+    for row in answers.iloc[::7].itertuples():
+        prompt, answer = prompts[row.prompt_id], row.response_ids
         ids = torch.tensor([prompt + answer])
         mask = torch.tensor([[0] * len(prompt) + [1] * len(answer)])
-        with torch.no_grad():
-            expected = get_log_prob(base(ids).logits, ids, mask)
-        assert seen["logps"][i].item() == pytest.approx(expected.item(), rel=1e-4)
+        for name, found in ((row.model, row.logp), ("base", row.base_logp)):
+            with torch.no_grad():
+                logits = models[name](ids).logits / 0.7
+            assert found == pytest.approx(get_log_prob(logits, ids, mask).item(), rel=1e-4)
+            if name == row.model:
+                log_probs = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+                entropy = -(log_probs.exp() * log_probs).sum(-1).mean().item()
+                assert row.entropy == pytest.approx(entropy, rel=1e-4)
+    own = answers[answers["model"] == "base"]
+    assert own["logp"].tolist() == own["base_logp"].tolist()
 
 
 def test_fewer_held_out_prompts_than_asked_for_are_all_taken(root):
-    main(BASE, PARAMS.replace(num_prompts=50, max_new_tokens=4, gallery_max_new_tokens=3), root)
-    assert len(json.loads(reports(root)["samples.json"])) == len(PROMPTS)
+    main(BASE, PARAMS.replace(gallery_prompts=50, best_of_n_prompts=50), root)
+    assert len(json.loads((root / "reports/sample_responses/samples.json").read_text())) == len(PROMPTS["heldout"])
+    assert len(read_parquet(root / "data/best_of_n.parquet")["prompt_id"]) == 16 * len(PROMPTS["heldout"])
 
 
 def test_no_held_out_prompt_is_an_error(root):
-    columns = {"prompt_id": [1], "prompt": [FIRST_PROMPT], "input_ids": [[1, 2]]}
-    write_parquet(root / "data/tokenized/prompts_heldout.parquet", columns)
+    write_parquet(
+        root / "data/tokenized/prompts_heldout.parquet", {"prompt_id": [], "prompt": [], "input_ids": []}
+    )
     with pytest.raises(UserError, match="holdout_fraction"):
         main(BASE, PARAMS, root)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("num_prompts", 0), ("max_new_tokens", 0), ("temperature", 0.0), ("top_p", 1.5)]
-)
+def test_a_course_on_other_prompts_is_an_error(root):
+    write_parquet(root / "data/courses/ppo.parquet", {"prompt_id": [8, 77]})
+    with pytest.raises(UserError, match="prompt 77 is not in data/tokenized/prompts_judge.parquet"):
+        main(BASE, PARAMS, root)
+
+
+@pytest.mark.parametrize(("key", "value"), [("gallery_prompts", 0), ("max_new_tokens", 0), ("temperature", 0.0)])
 def test_bad_parameters_are_named(key, value):
     with pytest.raises(ValidationError, match=key):
         PARAMS.replace(**{key: value})

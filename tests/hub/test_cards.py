@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
@@ -78,9 +79,16 @@ def test_the_model_index_holds_the_measured_numbers(root):
         for kind, entry in results.items()
     }
     assert values == {
-        "dpo": {"accuracy": 0.9706, "reward-margin": 18.7},
+        "dpo": {
+            "accuracy": 0.9706,
+            "reward-margin": 18.7,
+            "win-rate": 0.61,
+            "reward-model-score": 0.21,
+            "reward-model-score-gain": 0.63,
+            "kl": 7.3,
+        },
         "reward": {"accuracy": 0.9412, "score-margin": 4.2},
-        "ppo": {"reward-model-score": 0.37, "reward-model-score-gain": 0.79, "kl": 1.9},
+        "ppo": {"win-rate": 0.55, "reward-model-score": 0.37, "reward-model-score-gain": 0.79, "kl": 1.9},
     }
     dataset = results["dpo"]["results"][0]["dataset"]
     assert dataset == {
@@ -160,18 +168,37 @@ def test_the_reward_card_quotes_what_was_measured(root):
 
 def test_the_ppo_card_quotes_what_was_measured(root):
     card = render_card("ppo", facts_of(root), SHA256)
-    assert "went from −0.42 to 0.37, a change of +0.79 [+0.49, +1.00]." in card.split("## Use")[0]
-    assert "a KL divergence from the base model of 1.90 nats an answer" in section(card, "Results")
-    assert "| ended by themselves | 40 % | 50 % |" in section(card, "Results")
+    assert "is 0.37, the base's −0.42: a change of +0.79 [+0.73, +0.85]." in card.split("## Use")[0]
+    assert "| KL to the base (nats per answer) | 0.0 [−0.0, 0.0] |" in section(card, "Results")
+    assert "| **47 % [" in section(card, "Results")  # ended by itself: clearly more than the base's 34 %
     assert PPO_ANSWER in section(card, "Before and after")
     assert "12 updates from 16 prompts each" in section(card, "Training")
 
 
 def test_no_clear_difference_is_said_to_be_none(root):
-    edit(root, "train_ppo", score_gain=0.1, score_gain_low=-0.2, score_gain_high=0.4)
+    path = root / "reports/score_responses/scorecard.csv"
+    table = pd.read_csv(path)
+    row = (table["model"] == "ppo") & (table["measure"] == "score")
+    table.loc[row, ["change", "change_low", "change_high"]] = [0.1, -0.2, 0.4]
+    table.to_csv(path, index=False)
     card = render_card("ppo", facts_of(root), SHA256)
     assert "+0.10 [−0.20, +0.40], which is no clear difference" in card.split("## Use")[0]
-    assert "**no difference found**" in section(card, "Results")
+
+
+def test_the_verdict_comes_first(root):
+    better = "**Verdict: better**: the judge prefers its answers to the base's in 61 % [55, 67]; KL 7.3."
+    assert body_of(render_card("dpo", facts_of(root), SHA256))[1] == better
+    reasons = ["greedy answers loop (rep-4 0.61, the base's 0.19)", "6.30 emoji an answer"]
+    verdicts = {model: {"word": "broken", "reasons": reasons} for model in ("dpo", "ppo")}
+    write_json(root / "reports/score_responses/verdicts.json", verdicts)
+    for kind in ("dpo", "ppo"):
+        first = body_of(render_card(kind, facts_of(root), SHA256))[1]
+        assert first == f"**This model is broken**: {reasons[0]}; {reasons[1]}."
+
+
+def body_of(card: str) -> list[str]:
+    """The paragraphs below the YAML block, the heading first."""
+    return card.split("---\n", 2)[2].strip().split("\n\n")
 
 
 @pytest.mark.parametrize(
@@ -191,7 +218,7 @@ def test_the_shortcut_finding_follows_the_numbers(root, ranker, verdict):
 def test_other_trainings_are_described_as_what_they_are(root):
     params = read_params(REPO)
     params["train_dpo"] |= {"loss": "ipo", "label_smoothing": 0.0, "sft_coef": 0.5, "epochs": 3}
-    params["train_ppo"] |= {"policy": "dpo", "eval_every": 0, "num_ppo_epochs": 1}
+    params["train_ppo"] |= {"policy": "dpo", "look_every": 0, "num_ppo_epochs": 1}
     edit(root, "train_ppo", stopped_early="KL of 60 nats")
     dpo = render_card("dpo", facts_of(root, params=params), SHA256)
     assert "after 3 epochs of Identity Preference Optimization ([IPO](https://arxiv.org/abs/2310.12036))" in dpo
@@ -215,8 +242,8 @@ QUOTED = [
     ("dpo", "analyze_logps", ("rankers",)),
     ("reward", "train_reward", ("heldout", "margin")),
     ("reward", "analyze_logps", ("reward_model", "length_correlation")),
-    ("ppo", "train_ppo", ("kl",)),
-    ("ppo", "train_ppo", ("after", "eos_rate")),
+    ("ppo", "train_ppo", ("updates",)),
+    ("ppo", "score_responses", ("prompts",)),
 ]
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from stages.lib.analysis.stats import Interval
 from stages.lib.report import plots
+from tests.support.example_reports import example_tables
 
 GROUPS = list(plots.GROUPS)
 
@@ -30,7 +31,8 @@ def pairs(size=20):
 
 STEPS = pd.DataFrame({"step": [1, 2], "rewards/margins": [0.0, 3.0], "rewards/accuracies": [0.5, 1.0]})
 SCORES = pd.DataFrame({"chosen_score": [1.0, 2.0, 2.5], "rejected_score": [-1.0, 0.0, 1.0]})
-ANSWERS = pd.DataFrame({"score_before": [-1.0, 0.0], "score_after": [0.5, 0.7]})
+ANSWERS = pd.DataFrame({"base": [-1.0, 0.0], "dpo": [0.1, 0.3], "ppo": [0.5, 0.7]})
+FRONTIER = pd.DataFrame(example_tables()["score_responses/frontier.csv"])
 PATH = pd.DataFrame({"objective/kl": [0.0, 0.5], "objective/raw_scores": [-1.0, 0.0], "episode": [16, 32]})
 ACCURACIES = {
     "emoji": Interval(1.0, 0.9, 1.0),
@@ -44,6 +46,7 @@ PICTURES = {
     "rankers": lambda: plots.rankers(ACCURACIES, ("dpo", "ppo")),
     "margins": lambda: plots.margins(STEPS, STEPS.iloc[1:]),
     "scores": lambda: plots.scores(SCORES, ANSWERS),
+    "frontier": lambda: plots.frontier(FRONTIER),
     "score_kl": lambda: plots.score_kl(PATH),
 }
 

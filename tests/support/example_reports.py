@@ -11,9 +11,19 @@ import pandas as pd
 
 REPO = Path(__file__).resolve().parents[2]
 MODELS = ("base", "dpo", "ppo")
+MEASURES = ("score", "kl", "rep_4", "tokens", "entropy", "base_logp_per_token", "emoji", "exclamations", "ended")
+MEASURES += ("asks_back", "disclaimer", "distinct_2", "win_rate", "win_rate_lc")
 GROUPS = ("train_chosen", "train_rejected", "heldout_chosen", "heldout_rejected", "unseen")
 RANKERS = {"emoji": 1.0, "apostrophes": 0.99, "length_in_words": 0.93, "no_ai_phrase": 0.8, "base_log_prob": 0.4}
-PICTURES = ("densities", "ecdf", "displacement", "rankers", "margins", "scores", "score_kl")
+PICTURES = ("densities", "ecdf", "displacement", "rankers", "margins", "score_kl")  # of analyze_logps
+SCORED_PICTURES = ("frontier", "scores")  # of score_responses
+VERDICTS = {
+    "dpo": {"word": "broken", "reasons": ["greedy answers loop (rep-4 0.61, the base's 0.19)"]},
+    "ppo": {
+        "word": "no difference found",
+        "reasons": ["the judge prefers its answers in 52 % [46, 58]", "KL 0.3"],
+    },
+}
 PNG = base64.b64decode(  # one pixel
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 )
@@ -37,6 +47,9 @@ def write_example_reports(root: Path, runs: bool = True) -> Path:
     (root / "reports/analyze_logps/answer.md").write_text(ANSWER, encoding="utf-8")
     for name in PICTURES:
         (root / f"reports/analyze_logps/{name}.png").write_bytes(PNG)
+    for name in SCORED_PICTURES:
+        (root / f"reports/score_responses/{name}.png").write_bytes(PNG)
+    write_json(root / "reports/score_responses/verdicts.json", VERDICTS)
     if runs:
         for number, stage in enumerate([*example_metrics(), "publish_hub"]):
             write_json(root / "reports" / stage / "run.json", run_record(20.5 * number + 1))
@@ -56,7 +69,6 @@ def example_metrics() -> dict[str, dict[str, Any]]:
     dpo = {"loss": 0.04, "rewards/chosen": 1.9, "rewards/rejected": -6.4, "rewards/margins": 8.3}
     dpo |= {"rewards/accuracies": 0.97, "logps/chosen": -178.2, "logps/rejected": -181.0}
     reward = {"accuracy": 0.97, "margin": 4.1, "chosen_score": 2.0, "rejected_score": -2.1, "loss": 0.09}
-    ppo = {"score_before": -0.4, "score_after": 0.2} | interval("score_gain", 0.6, 0.3)
     return {
         "fetch_base": {
             "source": "wheel",
@@ -85,8 +97,11 @@ def example_metrics() -> dict[str, dict[str, Any]]:
             "step_0_loss": 0.693147,
         },
         "train_reward": {"train_pairs": 302, "heldout_pairs": 34, "steps": 152, "heldout": reward},
-        "train_ppo": {"episodes": 192, "updates": 12, "kept_update": 12, "stopped_early": None, "kl": 2.4, **ppo},
-        "sample_responses": {"prompts": 4} | {model: {"emoji": 0.5, "tokens": 80.0} for model in MODELS},
+        "corrupt_answers": {"train": 2416},
+        "train_judge": {"judge_pairs": 60},
+        "train_ppo": {"episodes": 192, "updates": 12, "kept_update": 12, "stopped_early": None, "kl": 2.4},
+        "sample_responses": {"heldout_prompts": 34, "eval_prompts": 222, "max_new_tokens": 128},
+        "score_responses": {"prompts": 256, "preferred": {"tokens": [88.0, 102.0], "emoji": [1.5, 2.1]}},
         "analyze_logps": counts | analysis(),
     }
 
@@ -159,26 +174,23 @@ def example_tables() -> dict[str, list[dict[str, float]]]:
         {"row": i, "prompt_id": i, "chosen_score": 2 + x, "rejected_score": -2 + 2 * math.cos(5.0 * i)}
         for i, x in enumerate(spread)
     ]
-    answers = [
-        {"prompt_id": i, "score_before": -0.4 + x, "score_after": 0.2 + x + 0.3 * math.cos(5.0 * i)}
-        for i, x in enumerate(spread[:32])
-    ]
-    names = (
-        "emoji",
-        "exclamations",
-        "asks_back",
-        "disclaimer",
-        "tokens",
-        "ended",
-        "distinct_2",
-        "base_logp_per_token",
-    )
-    measures = [
+    scorecard = [
         {"model": model, "decoding": decoding, "measure": name, "mean": 0.5, "low": 0.3, "high": 0.7}
-        | {"change": 0.1, "change_low": -0.1, "change_high": 0.3}
-        for model in MODELS
-        for decoding in ("greedy", "sampled")
-        for name in names
+        | {"change": None if model in ("base", "chosen") else 0.1}
+        | {"change_low": None if model in ("base", "chosen") else -0.1}
+        | {"change_high": None if model in ("base", "chosen") else 0.3}
+        for model in (*MODELS, "chosen")
+        for decoding in (("data",) if model == "chosen" else ("greedy", "sampled"))
+        for name in MEASURES
+        if not (name in ("kl", "entropy") and decoding != "sampled")
+        and not (name.startswith("win_rate") and model == "base")
+    ]
+    frontier = [
+        {"series": series, "step": step, "kl": 0.5 * step, "sqrt_kl": math.sqrt(0.5 * step)}
+        | interval("score", -1 + 0.1 * step, 0.2)
+        | interval("win_rate", 0.5 + 0.02 * step, 0.1)
+        for series in ("base", "DPO", "PPO", "DPO's course", "PPO's course", "best of n")
+        for step in ((0,) if series == "base" else (9,) if series in ("DPO", "PPO") else (1, 2, 4, 8))
     ]
     pairs = [
         {
@@ -206,8 +218,8 @@ def example_tables() -> dict[str, list[dict[str, float]]]:
             | {"entropy": 1.5, "eos_rate": 0.5, "response_length": 70.0, "kept": True}
             for update in (6, 12)
         ],
-        "train_ppo/heldout_scores.csv": answers,
-        "sample_responses/measures.csv": measures,
+        "score_responses/frontier.csv": frontier,
+        "score_responses/scorecard.csv": scorecard,
     }
 
 

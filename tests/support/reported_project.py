@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 
 from stages.lib.analysis.text_features import RANKERS  # noqa: E402
 from stages.lib.model.loading import save_model  # noqa: E402
-from stages.lib.report.plots import CAPTIONS  # noqa: E402
+from stages.lib.report.plots import CAPTIONS, STAGE_OF  # noqa: E402
 from stages.lib.run.artefacts import write_json, write_parquet  # noqa: E402
 from tests.conftest import REPO  # noqa: E402
 
@@ -30,15 +30,31 @@ DPO_ANSWER = (
 PPO_ANSWER = (
     "I love a slow start! Coffee first, then a short walk, and after that I can talk to people. How about you?"
 )
-MEASURES = {  # measure: base, dpo, ppo
-    "emoji": (0.03, 1.84, 0.42),
-    "exclamations": (0.41, 0.77, 1.25),
-    "asks_back": (0.19, 0.81, 0.53),
-    "disclaimer": (0.28, 0.0, 0.09),
-    "tokens": (88.1, 71.4, 80.2),
-    "ended": (0.34, 0.72, 0.47),
-    "distinct_2": (0.87, 0.95, 0.9),
-    "base_logp_per_token": (-0.71, -2.31, -0.93),
+MEASURES = {  # measure: base, dpo, ppo, the preferred answers
+    "win_rate": (None, 0.61, 0.55, 0.8),
+    "win_rate_lc": (None, 0.58, 0.52, 0.77),
+    "score": (-0.42, 0.21, 0.37, 2.9),
+    "kl": (0.0, 7.3, 1.9, None),
+    "rep_4": (0.01, 0.02, 0.01, 0.0),
+    "entropy": (1.5, 1.1, 1.4, None),
+    "emoji": (0.03, 1.84, 0.42, 1.7),
+    "exclamations": (0.41, 0.77, 1.25, 1.1),
+    "asks_back": (0.19, 0.81, 0.53, 0.8),
+    "disclaimer": (0.28, 0.0, 0.09, 0.0),
+    "tokens": (88.1, 71.4, 80.2, 95.0),
+    "ended": (0.34, 0.72, 0.47, 0.9),
+    "distinct_2": (0.87, 0.95, 0.9, 0.93),
+    "base_logp_per_token": (-0.71, -2.31, -0.93, None),
+}
+VERDICTS = {
+    "dpo": {
+        "word": "better",
+        "reasons": ["the judge prefers its answers to the base's in 61 % [55, 67]", "KL 7.3"],
+    },
+    "ppo": {
+        "word": "no difference found",
+        "reasons": ["the judge prefers its answers to the base's in 55 % [49, 61]"],
+    },
 }
 
 
@@ -87,13 +103,20 @@ def make_reports(root: Path, pairs: list[dict]) -> None:
     write_csv(reports / "train_dpo/heldout.csv", pd.DataFrame(heldout))
     rows = []
     for measure, means in MEASURES.items():
-        for name, mean in zip(("base", "dpo", "ppo"), means, strict=True):
+        for name, mean in zip(("base", "dpo", "ppo", "chosen"), means, strict=True):
+            if mean is None:
+                continue
             spread = 0.1 * abs(mean) + 0.02
-            row = {"model": name, "decoding": "sampled", "measure": measure}
-            change = mean - means[0]
-            row |= {"mean": mean, "low": mean - spread, "high": mean + spread, "change": change or None}
-            rows.append(row | {"change_low": change - spread, "change_high": change + spread})
-    write_csv(reports / "sample_responses/measures.csv", pd.DataFrame(rows))
+            row = {"model": name, "decoding": "data" if name == "chosen" else "sampled", "measure": measure}
+            row |= {"mean": mean, "low": mean - spread, "high": mean + spread}
+            if name in ("dpo", "ppo") and means[0] is not None:
+                change = mean - means[0]
+                row |= {"change": change, "change_low": change - spread, "change_high": change + spread}
+            rows.append(row)
+            if measure == "rep_4" and name != "chosen":
+                rows.append(row | {"decoding": "greedy"})
+    write_csv(reports / "score_responses/scorecard.csv", pd.DataFrame(rows))
+    write_json(reports / "score_responses/verdicts.json", VERDICTS)
 
     write_json(reports / "sample_responses/samples.json", samples(pairs[:5]))
     question = "**Does the final model find its training data more likely?** Measured on 150 training pairs."
@@ -103,11 +126,12 @@ def make_reports(root: Path, pairs: list[dict]) -> None:
 
 
 def make_pictures(root: Path) -> None:
-    """A stand-in for each picture of analyze_logps."""
+    """A stand-in for each picture."""
     for name in CAPTIONS:
         figure = Figure(figsize=(7, 3.5), layout="constrained")
         figure.add_subplot(title=name, xlabel="x", ylabel="y").plot([0, 1, 2, 3], [0, 2, 1.5, 3])
-        figure.savefig(root / f"reports/analyze_logps/{name}.png", dpi=100, metadata={"Software": None})
+        stage = STAGE_OF.get(name, "analyze_logps")
+        figure.savefig(root / f"reports/{stage}/{name}.png", dpi=100, metadata={"Software": None})
 
 
 def samples(pairs: list[dict]) -> list[dict]:
@@ -148,12 +172,7 @@ def metrics_of_a_run(heldout_pairs: int) -> dict[str, dict]:
     analysis["dpo"] |= estimate("rewards/accuracies", 0.9706) | estimate("score_agreement", 0.9412)
     analysis["dpo"] |= estimate("length_correlation", 0.31)
     analysis["reward_model"] = estimate("accuracy", 0.9412) | estimate("length_correlation", 0.58)
-    ppo = {"episodes": 192, "updates": 12, "kept_update": 12, "stopped_early": None, "heldout_prompts": 32}
-    ppo |= {"score_before": -0.42, "score_after": 0.37, "kl": 1.9}
-    for when, factor in (("before", 1.0), ("after", 1.25)):
-        habits = {"eos_rate": 0.4, "response_length": 70.5, "entropy": 1.5, "distinct_2": 0.75}
-        habits |= {"question_rate": 0.5, "exclamation_rate": 0.75, "emoji_rate": 0.25}
-        ppo[when] = {name: value * factor for name, value in habits.items()}
+    ppo = {"episodes": 192, "updates": 12, "kept_update": 12, "stopped_early": None}
     return {
         "fetch_base": base,
         "fetch_pairs": pairs,
@@ -164,8 +183,9 @@ def metrics_of_a_run(heldout_pairs: int) -> dict[str, dict]:
             "steps": 152,
             "heldout": reward_heldout,
         },
-        "train_ppo": ppo | estimate("score_gain", 0.79, 0.3),
-        "sample_responses": {"prompts": 32},
+        "train_ppo": ppo,
+        "sample_responses": {"heldout_prompts": 32},
+        "score_responses": {"prompts": 254},
         "analyze_logps": analysis,
     }
 

@@ -8,7 +8,8 @@ from stages.lib.run.artefacts import read_json, read_parquet, sha256_of_file, wr
 from stages.lib.run.errors import UserError
 
 FOLDER = Path("data/reference_logps")
-SPLITS = ("train", "heldout")
+NEGATIVES = "negatives"  # corrupted copies of training pairs
+SPLITS = ("train", "heldout", NEGATIVES)
 
 
 def fingerprint(root: Path, precision: str) -> dict[str, str]:

@@ -14,8 +14,9 @@ from ruamel.yaml import YAML
 from stages.lib.analysis.stats import Interval
 from stages.lib.analysis.text_features import RANKER_LABELS, RANKERS
 from stages.lib.report.files import ReportFiles
+from stages.lib.report.numbers import scored
 from stages.lib.report.page import Table
-from stages.lib.report.sections import style
+from stages.lib.report.sections import scorecard
 from stages.lib.run.artefacts import read_parquet
 from stages.lib.run.errors import UserError
 
@@ -127,8 +128,16 @@ class Facts:
 
     @property
     def style(self) -> Table:
-        """Style and fluency of the sampled answers of all models; bold where the base's is clearly another."""
-        return style(self.reports, mark_change=lambda text: f"**{text}**")
+        """The scorecard of all models' answers; bold where the base's is clearly another."""
+        return scorecard(self.reports, mark_change=lambda text: f"**{text}**")
+
+    def scored(self, model: str, measure: str, change: bool = False) -> Interval:
+        """A measure of a model's sampled answers, or its change from the base's."""
+        return scored(self.reports, model, measure, change)
+
+    def verdict(self, model: str) -> tuple[str, str]:
+        """The verdict on DPO or PPO: a word, and the figures it rests on."""
+        return self.reports.verdicts()[model]
 
 
 def read_answers(reports: ReportFiles, number: int) -> list[Answers]:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from stages.lib.analysis.stats import Interval
 from stages.lib.hub.card_facts import SUFFIXES, CardError, Facts, Kind
-from stages.lib.report.plots import CAPTIONS
+from stages.lib.report.plots import CAPTIONS, STAGE_OF
 from stages.lib.report.untrusted_text import escape_markdown, without_controls
 
 # the Hub's list (https://huggingface.co/docs/hub/repositories-licenses); 'other' would need a name and a text
@@ -49,23 +49,29 @@ class Picture:
 
 
 def _pictures(**titles: str) -> list[Picture]:
-    return [Picture(f"reports/analyze_logps/{name}.png", title, CAPTIONS[name]) for name, title in titles.items()]
+    return [
+        Picture(f"reports/{STAGE_OF.get(name, 'analyze_logps')}/{name}.png", title, CAPTIONS[name])
+        for name, title in titles.items()
+    ]
 
 
 _RANKERS = "What orders held-out pairs, the models beside one-feature rankers"
+_FRONTIER = "Score and win rate against distance from the base"
 _MOVES = "How far training moved each text"
 PICTURES: dict[Kind, list[Picture]] = {
     "dpo": _pictures(
+        frontier=_FRONTIER,
         margins="Reward margins over the steps of training",
         rankers=_RANKERS,
         ecdf=_MOVES,
         displacement="Change of the chosen against change of the rejected answer",
     ),
     "reward": _pictures(
-        scores="Scores of chosen and rejected answers, and before and after PPO", rankers=_RANKERS
+        scores="Scores of chosen and rejected answers, and of each model's answers", rankers=_RANKERS
     ),
     "ppo": _pictures(
-        scores="Scores of chosen and rejected answers, and before and after PPO",
+        frontier=_FRONTIER,
+        scores="Scores of chosen and rejected answers, and of each model's answers",
         score_kl="Score against distance from the start",
         ecdf=_MOVES,
     ),
@@ -137,23 +143,28 @@ def _result(kind: Kind, facts: Facts) -> dict[str, Any]:
             ("score-margin", "mean score of chosen minus rejected", ("heldout", "margin")),
         ]
     else:
-        metrics = [
-            ("reward-model-score", "mean score of the answers", ("score_after",)),
-            ("reward-model-score-gain", "mean gain over the start of training", ("score_gain",)),
-            ("kl", "KL to the start of training, in nats per answer", ("kl",)),
+        metrics = []
+    figures = [(name, text, float(facts.metric(f"train_{kind}", *keys))) for name, text, keys in metrics]
+    if kind != "reward":
+        figures += [
+            (name, text, facts.scored(kind, measure, change).mean)
+            for name, text, measure, change in (
+                ("win-rate", "share of answers that the judge prefers to the base's", "win_rate", False),
+                ("reward-model-score", "mean score of the answers", "score", False),
+                ("reward-model-score-gain", "mean gain over the base's answers", "score", True),
+                ("kl", "KL to the base, in nats per answer", "kl", False),
+            )
         ]
     slug = facts.data_id or re.sub(r"[^\w.-]+", "-", facts.data_name).strip("-") or "pairs"
     task = "text-classification" if kind == "reward" else "text-generation"
+    source = "metrics.json" if kind == "reward" else "scorecard.csv"
     return {
         "task": {"type": task, "name": "preference alignment"},
         "dataset": {"type": slug, "name": f"{facts.data_name}, held-out prompts", "split": "heldout"},
-        "metrics": [
-            {"type": name, "name": text, "value": float(facts.metric(f"train_{kind}", *keys))}
-            for name, text, keys in metrics
-        ],
+        "metrics": [{"type": name, "name": text, "value": value} for name, text, value in figures],
         "source": {
-            "name": "metrics.json of this repository",
-            "url": f"https://huggingface.co/{facts.repository(kind)}/blob/main/metrics.json",
+            "name": f"{source} of this repository",
+            "url": f"https://huggingface.co/{facts.repository(kind)}/blob/main/{source}",
         },
     }
 

@@ -58,6 +58,26 @@ class ReportFiles:
             raise UserError(f"{path}: no column '{missing[0]}'; run `dvc repro -f {stage}`")
         return table.filter(list(columns))
 
+    def scored(self, model: str, measure: str, decoding: str = "sampled", change: bool = False) -> Interval | None:
+        """A measure of one model's answers, or its change from the base's; None where the scorecard has none."""
+        ends = ("change", "change_low", "change_high") if change else ("mean", "low", "high")
+        table = self.table("score_responses", "scorecard.csv", "model", "decoding", "measure", *ends)
+        key = {"model": model, "decoding": decoding, "measure": measure}
+        found = table[(table[list(key)] == pd.Series(key)).all(axis=1)]
+        if found.empty:
+            return None
+        mean, low, high = (None if pd.isna(value) else float(value) for value in found.iloc[0][list(ends)])
+        return None if mean is None else Interval(mean, low, high)
+
+    def verdicts(self) -> dict[str, tuple[str, str]]:
+        """The verdict on DPO and on PPO: a word, and the figures it rests on."""
+        found = self.json("score_responses", "verdicts.json")
+        try:
+            return {model: (found[model]["word"], "; ".join(found[model]["reasons"])) for model in ("dpo", "ppo")}
+        except (KeyError, TypeError) as error:
+            where = "reports/score_responses/verdicts.json"
+            raise UserError(f"{where}: {error} is missing; run `dvc repro -f score_responses`") from error
+
     def columns(self, stage: str, name: str, *columns: str) -> list[list[float]]:
         """Columns of a CSV file, as lists of numbers."""
         table = self.table(stage, name, *columns)

@@ -5,6 +5,7 @@ from stages.lib.analysis.text_features import RANKER_LABELS
 from stages.lib.report.files import ReportFiles
 from stages.lib.report.page import Estimate, Forest, Scale, Tile, percentage_ends, percentages, spell
 from stages.lib.report.plots import MODELS
+from stages.lib.run.errors import UserError
 
 SHARE = Scale(0, 1, reference=0.5)
 CHANGE = Scale(-1, 1, reference=0, digits=3, signed=True)
@@ -17,8 +18,8 @@ def tiles(files: ReportFiles) -> list[Tile]:
     reward_model = analysed(files, "reward_model", "accuracy")
     best = max(baselines(files), key=lambda estimate: estimate.interval.mean)
     did, ppo_did = (analysed(files, model, "did") for model in ("dpo", "ppo"))
-    gain = files.interval("train_ppo", "score_gain")
-    before, after, kl = (files.metric("train_ppo", key) for key in ("score_before", "score_after", "kl"))
+    gain, kl = scored(files, "ppo", "score", change=True), scored(files, "ppo", "kl")
+    before, after = (scored(files, model, "score").mean for model in ("base", "ppo"))
     more, less = "training texts gained more", "training texts gained less"
     return [
         Tile(
@@ -39,7 +40,7 @@ def tiles(files: ReportFiles) -> list[Tile]:
             "Score gained by PPO",
             spell(gain.mean, signed=True),
             SCORE_CHANGE.ends(gain),
-            f"From {spell(before)} to {spell(after)} on held-out prompts, at a KL of {spell(kl)} nats per answer: "
+            f"From the base's {spell(before)} to {spell(after)}, at a KL of {spell(kl.mean)} nats per answer: "
             f"{verdict(gain, 'answers score higher', 'answers score lower')}.",
         ),
     ]
@@ -99,11 +100,22 @@ def forests(files: ReportFiles) -> list[Forest]:
             ],
             Scale(0, 1, reference=None),
         ),
+        Forest(
+            "Are the answers better than the base’s?",
+            "Share of prompts on which the judge, which took no part in training, prefers the model's sampled "
+            "answer; 0.5 is no preference.",
+            [
+                Estimate(f"{MODELS[model]}{label}", scored(files, model, measure))
+                for model in ("dpo", "ppo")
+                for measure, label in (("win_rate", ""), ("win_rate_lc", ", at equal length"))
+            ],
+            SHARE,
+        ),
         Forest.fitted(
-            "Did PPO raise the score?",
-            "Reward-model score after less before, on the same held-out prompts. PPO optimises this very score, "
-            "so read it with the baselines above and the samples below.",
-            [Estimate("Gain in score", files.interval("train_ppo", "score_gain"))],
+            "Did the score rise?",
+            "Reward-model score less that of the base's answers to the same prompts. PPO optimises this very "
+            "score, so read it with the judge above and the samples below.",
+            [Estimate(MODELS[model], scored(files, model, "score", change=True)) for model in ("dpo", "ppo")],
             reference=0,
             signed=True,
         ),
@@ -123,6 +135,15 @@ def baselines(files: ReportFiles) -> list[Estimate]:
 def analysed(files: ReportFiles, *keys: str) -> Interval:
     """An estimate of analyze_logps."""
     return files.interval("analyze_logps", *keys)
+
+
+def scored(files: ReportFiles, model: str, measure: str, change: bool = False) -> Interval:
+    """A measure of a model's sampled answers, or its change from the base's."""
+    found = files.scored(model, measure, change=change)
+    if found is None:
+        where = "reports/score_responses/scorecard.csv"
+        raise UserError(f"{where}: no {measure} of {model}; run `dvc repro -f score_responses`")
+    return found
 
 
 def verdict(difference: Interval, above: str, below: str) -> str:

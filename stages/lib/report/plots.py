@@ -42,11 +42,15 @@ CAPTIONS = {
     "dotted line is chance. A trained ranker that does no better than counting has shown style, not more.",
     "margins": "Held-out pairs follow the training batches as long as what is learnt carries over. A gap that "
     "widens is overfitting.",
-    "scores": "Left: the further apart, the surer the reward model. Right: the same held-out prompts answered "
-    "before and after PPO; a shift to the right is what PPO was trained for. A tick below is one answer.",
+    "scores": "Left: the further apart, the surer the reward model. Right: the same prompts answered by each "
+    "model; a shift to the right is what PPO was trained for. A tick below is one answer.",
+    "frontier": "Up is better, right is further from the base; a course runs as training goes on. A score that "
+    "rises while the win rate does not is the reward model deceived; the judge took no part in training. "
+    "Bars are confidence intervals. Best of n: what the reward model likes most among n of the base's answers.",
     "score_kl": "Up is a higher score, right is further from the start of training. Score that grows only with KL "
     "is bought with drift; a falling score at high KL is over-optimisation.",
 }
+STAGE_OF = {"scores": "score_responses", "frontier": "score_responses"}  # who draws it; else analyze_logps
 STYLE: dict[RcKeyType, Any] = {
     "font.size": 10.5,
     "text.color": INK,
@@ -202,12 +206,64 @@ def margins(history: pd.DataFrame, heldout: pd.DataFrame) -> bytes:
         return _png(figure, "DPO: implicit rewards over training", "margins")
 
 
+def frontier(points: pd.DataFrame) -> bytes:
+    """Score and the judge's win rate against distance from the base (columns as in frontier.py's rows)."""
+    looks = {
+        "best of n": (PURPLE, "s", ":"),
+        "DPO's course": (ORANGE, "^", "--"),
+        "PPO's course": (GREEN, "o", "-"),
+        "base": (GREY, "D", ""),
+        "DPO": (ORANGE, "D", ""),
+        "PPO": (GREEN, "D", ""),
+    }
+    titles = {"score": "Reward-model score", "win_rate": "Judge's win rate over the base"}
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(4.9)
+        panels = figure.subplots(1, 2)
+        for axes, (measure, title) in zip(panels, titles.items(), strict=True):
+            for series, (colour, marker, line) in looks.items():
+                part = points[points["series"] == series]
+                finished = line == ""
+                axes.plot(
+                    part["sqrt_kl"],
+                    part[measure],
+                    line or "none",
+                    color=colour,
+                    marker=marker,
+                    markersize=9 if finished else 5,
+                    markeredgecolor="white" if finished else colour,
+                    alpha=1 if finished else 0.75,
+                    label=f"{series}, as evaluated" if finished and series != "base" else series,
+                    zorder=3 if finished else 2,
+                )
+                ends = part[[f"{measure}_low", f"{measure}_high"]].to_numpy(float)
+                if finished and not np.isnan(ends).any():
+                    axes.vlines(part["sqrt_kl"], *ends.T, color=colour, linewidth=1.6)
+                if series == "best of n":
+                    for _, point in part.iterrows():
+                        axes.annotate(
+                            f"{point['step']:.0f}",
+                            (point["sqrt_kl"], point[measure]),
+                            xytext=(0, 6),
+                            textcoords="offset points",
+                            ha="center",
+                            fontsize=8.5,
+                            color=colour,
+                        )
+            axes.set(title=title, xlabel="√KL to the base (nats per answer)")
+            axes.margins(0.08)
+        panels[1].axhline(0.5, color=GREY, linestyle=":", linewidth=1.2)
+        panels[1].yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        _legend(figure, panels[0], columns=3)
+        return _png(figure, "What was gained, and how far from the base", "frontier")
+
+
 def scores(pairs: pd.DataFrame, answers: pd.DataFrame) -> bytes:
-    """Reward-model scores of held-out pairs, and of answers before and after PPO.
+    """Reward-model scores of held-out pairs, and of the models' answers to the same prompts.
 
     Args:
         pairs: chosen_score, rejected_score.
-        answers: score_before, score_after.
+        answers: base, dpo, ppo.
     """
     panels_of = (
         (
@@ -218,7 +274,7 @@ def scores(pairs: pd.DataFrame, answers: pd.DataFrame) -> bytes:
         (
             "Generated answers",
             answers,
-            (("score_before", "before PPO", GREY), ("score_after", "after PPO", GREEN)),
+            (("base", MODELS["base"], GREY), ("dpo", MODELS["dpo"], ORANGE), ("ppo", MODELS["ppo"], GREEN)),
         ),
     )
     with matplotlib.rc_context(STYLE):
@@ -226,7 +282,7 @@ def scores(pairs: pd.DataFrame, answers: pd.DataFrame) -> bytes:
         panels = figure.subplots(1, 2)
         for axes, (title, table, series) in zip(panels, panels_of, strict=True):
             grid = np.linspace(*_span(table[[column for column, *_ in series]].to_numpy(), 0.25), 300)
-            for (column, name, colour), line, row in zip(series, ("-", "--"), (0, 1), strict=True):
+            for (column, name, colour), line, row in zip(series, ("-", "--", "-."), range(3), strict=False):
                 values = table[column].to_numpy()
                 curve = _density(values, grid)
                 axes.plot(
@@ -236,7 +292,7 @@ def scores(pairs: pd.DataFrame, answers: pd.DataFrame) -> bytes:
                 # every score as a tick below the axis' zero, so that few texts do not look like many
                 axes.plot(
                     values,
-                    np.full(len(values), -0.05 - 0.05 * row),
+                    np.full(len(values), -0.04 - 0.045 * row),
                     "|",
                     color=colour,
                     markersize=8,

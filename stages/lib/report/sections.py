@@ -1,33 +1,46 @@
 """What surrounds the report's key numbers: what was done, how training went, what the models say, what it cost."""
 
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from stages.lib.analysis.stats import Interval
 from stages.lib.report.charts import Picture, Points, curves, picture
 from stages.lib.report.files import ReportFiles
 from stages.lib.report.page import Answer, Sample, Scale, Table, Tile, percentages, spell_seconds
-from stages.lib.report.plots import CAPTIONS, MODELS
+from stages.lib.report.plots import CAPTIONS, MODELS, STAGE_OF
 from stages.lib.run.errors import UserError
 
-DATA_STAGES = ("fetch_base", "fetch_pairs", "tokenize_pairs", "reference_logps")
-MODEL_STAGES = ("train_dpo", "train_reward", "train_ppo", "sample_responses", "analyze_logps")
+DATA_STAGES = ("fetch_base", "fetch_pairs", "corrupt_answers", "tokenize_pairs", "reference_logps")
+MODEL_STAGES = (
+    "train_dpo",
+    "train_reward",
+    "train_judge",
+    "train_ppo",
+    "sample_responses",
+    "score_responses",
+    "analyze_logps",
+)
 STAGES = (*DATA_STAGES, *MODEL_STAGES, "publish_hub")
 PARAMETERS = ("base", *DATA_STAGES, *MODEL_STAGES)  # the sections that the numbers depend on
 NONE = "\N{EM DASH}"
 
-DECODING = "sampled"  # the decoding whose style is shown: what a user of the model sees
-MEASURES = {  # of measures.csv: label, digits, as a percentage
-    "tokens": ("Length (tokens)", 0, False),
-    "ended": ("Ended by itself", 0, True),
-    "emoji": ("Emoji per answer", 2, False),
-    "exclamations": ("Exclamation marks per answer", 2, False),
-    "asks_back": ("Has a question", 0, True),
-    "disclaimer": ("“As an AI” phrase", 0, True),
-    "distinct_2": ("Distinct 2-grams (1: no repetition)", 2, False),
-    "base_logp_per_token": ("Log-prob per token under the base (nats)", 2, False),
+COLUMNS = {**MODELS, "chosen": "Preferred answers"}
+MEASURES = {  # of scorecard.csv: decoding, label, digits, as a percentage
+    "win_rate": ("sampled", "Preferred to the base’s by the judge", 0, True),
+    "win_rate_lc": ("sampled", "The same at equal length", 0, True),
+    "score": ("sampled", "Reward-model score", 2, False),
+    "kl": ("sampled", "KL to the base (nats per answer)", 1, False),
+    "rep_4": ("sampled", "Repeated 4-grams within an answer", 2, False),
+    "greedy rep_4": ("greedy", "The same of greedy answers", 2, False),
+    "ended": ("sampled", "Ended by itself", 0, True),
+    "tokens": ("sampled", "Length (tokens)", 0, False),
+    "distinct_2": ("sampled", "Distinct 2-grams over answers", 2, False),
+    "entropy": ("sampled", "Entropy (nats per token)", 2, False),
+    "base_logp_per_token": ("sampled", "Log-prob per token under the base (nats)", 2, False),
+    "emoji": ("sampled", "Emoji per answer", 2, False),
+    "exclamations": ("sampled", "Exclamation marks per answer", 2, False),
+    "asks_back": ("sampled", "Has a question", 0, True),
+    "disclaimer": ("sampled", "“As an AI” phrase", 0, True),
 }
 
 
@@ -135,7 +148,7 @@ def training_curves(files: ReportFiles) -> list[Picture]:
     def ppo(title: str, column: str, heldout_column: str | None, unit: str, caption: str) -> Picture:
         lines = {"training batch": line("train_ppo", "history.csv", "episode", column)}
         if heldout_column and files.text("train_ppo", "evaluations.csv").strip():
-            lines["held-out prompts"] = line("train_ppo", "evaluations.csv", "episode", heldout_column)
+            lines["judge's prompts"] = line("train_ppo", "evaluations.csv", "episode", heldout_column)
         return curves(title, caption, lines, "episodes", unit)
 
     sides = {side: line("train_dpo", "heldout.csv", "step", f"logps/{side}") for side in ("chosen", "rejected")}
@@ -162,7 +175,7 @@ def training_curves(files: ReportFiles) -> list[Picture]:
             "objective/raw_scores",
             "score",
             "mean score",
-            "What PPO is paid for. A rise on held-out prompts is what counts.",
+            "What PPO is paid for. A rise on prompts that it is not trained on is what counts.",
         ),
         ppo("PPO: KL to the start", "objective/kl", "kl", "nats per answer", "How far the policy has travelled."),
         ppo("PPO: entropy", "objective/entropy", None, "nats per answer", "Near 0 all answers would be the same."),
@@ -170,10 +183,13 @@ def training_curves(files: ReportFiles) -> list[Picture]:
 
 
 def pictures(root: Path) -> list[Picture]:
-    """The pictures of analyze_logps with their captions."""
-    paths = {name: root / f"reports/analyze_logps/{name}.png" for name in CAPTIONS}
-    if missing := [path for path in paths.values() if not path.is_file()]:
-        raise UserError(f"reports/analyze_logps/{missing[0].name}: not found; run `dvc repro analyze_logps`")
+    """All pictures with their captions."""
+    paths = {}
+    for name in CAPTIONS:
+        stage = STAGE_OF.get(name, "analyze_logps")
+        paths[name] = root / f"reports/{stage}/{name}.png"
+        if not paths[name].is_file():
+            raise UserError(f"reports/{stage}/{name}.png: not found; run `dvc repro {stage}`")
     return [picture(path, name.replace("_", " "), CAPTIONS[name]) for name, path in paths.items()]
 
 
@@ -190,33 +206,40 @@ def gallery(files: ReportFiles, rows: int) -> list[Sample]:
     return samples
 
 
-def style(files: ReportFiles, mark_change: Callable[[str], str] | None = None) -> Table:
-    """Style and fluency of the answers, with intervals.
+def scorecard(files: ReportFiles, mark_change: Callable[[str], str] | None = None) -> Table:
+    """Every measure of the models' answers and of the data's preferred ones, with intervals.
 
     Args:
         mark_change: makes a cell stand out; called where the change from the base's answers to the same prompts
             is clear of zero.
     """
-    columns = ["model", "decoding", "measure", "mean", "low", "high"]
-    columns += ["change_low", "change_high"] if mark_change else []
-    table = files.table("sample_responses", "measures.csv", *columns)
-    sampled = [row for row in table.to_dict("records") if row["decoding"] == DECODING]
-    found = {(row["measure"], row["model"]): row for row in sampled}
     rows = []
-    for measure, (label, digits, as_percentage) in MEASURES.items():
-        cells = [label]
-        for model in MODELS:
-            if (row := found.get((measure, model))) is None:
-                where = "reports/sample_responses/measures.csv"
-                raise UserError(f"{where}: no {measure} of {model}; run `dvc repro -f sample_responses`")
-            ends = (None if math.isnan(row[end]) else row[end] for end in ("low", "high"))
-            interval = Interval(row["mean"], *ends)
+    for key, (decoding, label, digits, as_percentage) in MEASURES.items():
+        measure, cells = key.removeprefix("greedy "), [label]
+        for model in COLUMNS:
+            how = "data" if model == "chosen" else decoding
+            interval = None if (how, decoding) == ("data", "greedy") else files.scored(model, measure, how)
+            if interval is None:
+                cells.append(NONE)
+                continue
             cell = percentages(interval, digits) if as_percentage else Scale(0, 1, None, digits).show(interval)
-            if mark_change and (row["change_low"] > 0 or row["change_high"] < 0):
+            change = files.scored(model, measure, how, change=True)
+            if mark_change and change is not None and not change.covers(0):
                 cell = mark_change(cell)
             cells.append(cell)
+        if cells[1:] == [NONE] * len(COLUMNS):
+            where = "reports/score_responses/scorecard.csv"
+            raise UserError(f"{where}: no {measure}; run `dvc repro -f score_responses`")
         rows.append(cells)
-    return Table([f"{DECODING.capitalize()} answers", *MODELS.values()], rows)
+    return Table(["Answers", *COLUMNS.values()], rows)
+
+
+def verdict_paragraphs(files: ReportFiles) -> str:
+    """The verdict on each trained model, as the Markdown of an answer."""
+    return "\n\n".join(
+        f"**{MODELS[model]}: {word}.** {reasons[0].upper()}{reasons[1:]}."
+        for model, (word, reasons) in files.verdicts().items()
+    )
 
 
 def cost_tile(files: ReportFiles) -> Tile:

@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from stages.lib.data.repetition import rep_n
+from stages.lib.model.loading import freeze, load_causal_lm
+from stages.lib.model.logps import TokenLogps, read_answers
 from stages.lib.rl.rewards import sum_by_answer
 from stages.lib.rl.rollout import Rollout
 from stages.lib.run.artefacts import write_parquet
 
+COLUMNS = ("step", "episode", "prompt_id", "response_ids", "ended", "logp", "ref_logp", "score")
 BABBLE = 0.15  # rep-4 above the start's by so much is a loop
 
 
@@ -64,6 +68,23 @@ class Course:
         for name, values in rows.items():
             self.columns.setdefault(name, []).extend(values)
 
+    def compare_with(
+        self, reference: Path, prompts: list[list[int]], temperature: float, device: torch.device, precision: str
+    ) -> None:
+        """Fills in the reference's log-probs of all answers.
+
+        Args:
+            reference: its folder.
+            prompts: token ids, in the order of `prompt_ids`.
+        """
+        model = TokenLogps(freeze(load_causal_lm(reference, device)), temperature)
+        responses = self.columns.get("response_ids", [])
+        asked = prompts * (len(responses) // len(prompts))
+        if responses:
+            logps, _ = read_answers(model, asked, responses, 4096, precision, "course under the reference")
+            lengths = torch.tensor([len(response) for response in responses])
+            self.columns["ref_logp"] = sum_by_answer(logps, lengths).tolist()
+
     def write(self, path: Path) -> None:
         """One row per look and prompt: step, episode, prompt_id, response_ids, ended, logp, ref_logp, score.
 
@@ -71,5 +92,5 @@ class Course:
         """
         types = {"response_ids": pa.list_(pa.int32()), "logp": pa.float32()}
         types |= {"ref_logp": pa.float32(), "score": pa.float32()}
-        columns = {name: pa.array(values, types.get(name)) for name, values in self.columns.items()}
-        write_parquet(path, columns)
+        types |= {"step": pa.int64(), "episode": pa.int64(), "prompt_id": pa.int64(), "ended": pa.bool_()}
+        write_parquet(path, {name: pa.array(self.columns.get(name, []), types[name]) for name in COLUMNS})

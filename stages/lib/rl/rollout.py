@@ -76,7 +76,7 @@ class Rollout:
             prompts=[share.prompts[i] for _, share, i in answers],
             responses=[share.responses[i] for _, share, i in answers],
             ended=torch.stack([share.ended[i] for _, share, i in answers]),
-            raw_scores=torch.stack([share.raw_scores[i] for _, share, i in answers]),
+            raw_scores=torch.cat([share.raw_scores[i : i + 1] for _, share, i in answers]),
             **{name: per_token(name) for name in ("logps", "entropies", "ref_logps", "values")},
         )
 

@@ -1,0 +1,205 @@
+"""The judge: a preference model that took no part in training.
+
+Its read-out is another than the reward model's: the mean hidden state of the base at a middle layer over the
+answer's tokens, prompt given. Whether an answer ended is not part of it: the EOS and what follows is left out.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from stages.lib.model.attention import use_packed_attention
+from stages.lib.model.loading import autocast
+from stages.lib.model.packing import PackedBatch, consecutive_groups, pack, shares_prefixes
+from stages.lib.run.artefacts import atomic_path, read_json, write_json
+from stages.lib.run.errors import UserError
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A linear preference model: P(A over B) = sigmoid(score of A - score of B).
+
+    layer:       decoder layers below the read-out; 0 would be the embeddings
+    strength:    C of the logistic regression, the inverse of its L2 penalty
+    mean, scale: (H,) of the features it was fitted on; a score is 0 at the mean
+    weight:      (H,) on standardised features
+    """
+
+    layer: int
+    strength: float
+    mean: Tensor
+    scale: Tensor
+    weight: Tensor
+
+    def scores(self, features: Tensor) -> Tensor:
+        """(N, H) features as `judge_features` gives them to (N,) scores, float32."""
+        return (features - self.mean) / self.scale @ self.weight
+
+
+def save_judge(judge: Judge, folder: Path) -> None:
+    """judge.safetensors (weight, mean, scale) and judge.json (layer, strength)."""
+    tensors = {name: getattr(judge, name).contiguous() for name in ("weight", "mean", "scale")}
+    with atomic_path(folder / "judge.safetensors") as partial:
+        save_file(tensors, partial)
+    write_json(folder / "judge.json", {"layer": judge.layer, "strength": judge.strength})
+
+
+def load_judge(folder: Path) -> Judge:
+    """The judge in `folder`.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if not (folder / "judge.safetensors").exists():
+        raise UserError(f"{folder}: no judge there; run: dvc repro train_judge")
+    return Judge(**read_json(folder / "judge.json"), **load_file(folder / "judge.safetensors"))
+
+
+def judge_features(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    layer: int,
+    micro_batch_tokens: int,
+    precision: str,
+    progress: str | None = None,
+) -> Tensor:
+    """What the judge reads of N answers: (N, H), one layer of `answer_means`."""
+    return answer_means(model, prompts, responses, [layer], micro_batch_tokens, precision, progress)[0]
+
+
+@torch.no_grad()
+def answer_means(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    layers: list[int],
+    micro_batch_tokens: int,
+    precision: str,
+    progress: str | None = None,
+) -> Tensor:
+    """Mean hidden state over each answer's tokens after each of some decoder layers, in one pass up to the deepest.
+
+    Args:
+        model: the frozen base, a causal language model, on the device where the work shall happen.
+        prompts: N lists of token ids, generation header included.
+        responses: N lists of token ids. They count up to their first EOS; an answer without any token before it
+            is read at the EOS.
+        layers: L numbers of decoder layers, from 1 to all.
+        micro_batch_tokens: memory dial; changes the result by rounding only.
+        precision: 'bf16', 'fp16' or 'fp32'.
+        progress: a label for a progress bar over tokens, or None for none.
+
+    Returns:
+        (L, N, H) float32 on the CPU, in the order given.
+    """
+    eos = model.config.eos_token_id
+    answers = [_before(eos, ids) for ids in responses]
+    lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    means = torch.empty(len(layers), len(answers), model.config.hidden_size)
+    by_prompt = sorted(range(len(prompts)), key=prompts.__getitem__)  # so that equal prompts meet
+    bar = tqdm(total=sum(lengths), desc=progress, unit="tok", unit_scale=True, disable=progress is None)
+    model.eval()
+    with use_packed_attention(model), autocast(model.device, precision), bar:
+        for places in consecutive_groups([lengths[i] for i in by_prompt], micro_batch_tokens):
+            group = [by_prompt[place] for place in places]
+            texts = [prompts[i] for i in group], [answers[i] for i in group]
+            batch = pack(*texts, shares_prefixes(model.device)).to(model.device)
+            for number, hidden in enumerate(hidden_after(model.get_decoder(), batch, layers)):
+                means[number, group] = _mean_of_completions(hidden, batch).cpu()
+            bar.update(sum(lengths[i] for i in group))
+    return means
+
+
+def _before(eos_token_id: int, ids: list[int]) -> list[int]:
+    end = ids.index(eos_token_id) if eos_token_id in ids else len(ids)
+    return ids[:end] or [eos_token_id]
+
+
+def _mean_of_completions(hidden: Tensor, batch: PackedBatch) -> Tensor:
+    """(T, H) hidden states of a packed batch to the (S, H) means over each completion's tokens, float32.
+
+    `completion_index` holds the positions that predict a completion: from its prompt's last token to the last but
+    one of its own. Without the first and with its last token's they are the completion's own.
+    """
+    owner = batch.label_sequence
+    own = torch.ones_like(owner, dtype=torch.bool)
+    own[1:] = owner[1:] == owner[:-1]
+    own[:1] = False
+    positions = torch.cat((batch.completion_index[own], batch.last_index))
+    owners = torch.cat((owner[own], torch.arange(batch.num_completions, device=owner.device)))
+    sums = hidden.new_zeros(batch.num_completions, hidden.shape[1], dtype=torch.float32)
+    sums.index_add_(0, owners, hidden[positions].float())
+    return sums / torch.bincount(owners, minlength=batch.num_completions)[:, None]
+
+
+class _DeepEnough(Exception):
+    """Ends a forward pass at the deepest layer that is read."""
+
+
+def hidden_after(backbone: nn.Module, batch: PackedBatch, layers: list[int]) -> list[Tensor]:
+    """(T, H) hidden states of a packed batch after each of `layers`, under `use_packed_attention`.
+
+    Raises:
+        UserError: the backbone has no list of its decoder layers.
+        ValueError: a layer that it does not have.
+    """
+    blocks = next(
+        (
+            module
+            for module in backbone.modules()
+            if isinstance(module, nn.ModuleList) and len(module) == backbone.config.num_hidden_layers
+        ),
+        None,
+    )
+    if blocks is None:
+        raise UserError(f"{type(backbone).__name__}: has no list of decoder layers; choose another base model")
+    if not all(1 <= layer <= len(blocks) for layer in layers):
+        raise ValueError(f"layers {layers} of {len(blocks)}")
+    read: dict[int, Tensor] = {}
+
+    def reader(layer: int):
+        def read_output(_module, _inputs, output) -> None:
+            read[layer] = (output[0] if isinstance(output, tuple) else output)[0]
+            if layer == max(layers):
+                raise _DeepEnough
+
+        return read_output
+
+    handles = [blocks[layer - 1].register_forward_hook(reader(layer)) for layer in set(layers)]
+    try:
+        backbone(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            sequence_lengths=batch.sequence_lengths,
+            contexts=batch.contexts,
+        )
+    except _DeepEnough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [read[layer] for layer in layers]
+
+
+def fit_judge(differences: np.ndarray, strength: float, weights: np.ndarray) -> np.ndarray:
+    """Logistic regression on preferred less other features, without an intercept: (H,) weights.
+
+    Args:
+        differences: (N, H) standardised features of the better text less those of the worse.
+        strength: C, the inverse of the L2 penalty.
+        weights: (N,) of the pairs.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    both = np.concatenate((differences, -differences))  # it needs two classes; by symmetry nothing else changes
+    labels = np.repeat((1, 0), len(differences))
+    model = LogisticRegression(C=strength, fit_intercept=False, max_iter=2000)
+    return model.fit(both, labels, sample_weight=np.tile(weights, 2)).coef_[0]

@@ -1,0 +1,201 @@
+"""Score every answer with the reward model and the judge: the scorecard, a verdict on each model, the frontier.
+
+Reads   data/answers.parquet, data/best_of_n.parquet, data/courses/{dpo,ppo}.parquet
+        data/tokenized/pairs_heldout.parquet         the preferred answers, cut where the models' are
+        data/tokenized/prompts_{heldout,eval,judge}.parquet
+        models/base, models/reward, models/judge
+        reports/sample_responses/metrics.json        the limit in tokens
+        reports/train_reward/heldout_scores.csv      for the picture of scores
+        params.yaml: analyze_logps.confidence and bootstrap_samples, those of every interval
+Writes  reports/score_responses/scorecard.csv        model, decoding, measure, mean and change with intervals
+        reports/score_responses/verdicts.json        per model: verdict and reasons
+        reports/score_responses/frontier.csv, .png   score and win rate against distance from the base
+        reports/score_responses/scores.png           reward-model scores of pairs and of answers
+        reports/score_responses/metrics.json         the preferred answers' ranges, and what a verdict hangs on
+        reports/score_responses/run.json             seconds, tokens/s, memory, versions
+
+Run     dvc repro score_responses                    (untracked: python -m stages.score_responses)
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import ConfigDict, Field
+
+from stages.lib.analysis import frontier
+from stages.lib.analysis.scorecard import CHOSEN, preferred_ranges, scorecard
+from stages.lib.analysis.stats import Resampling
+from stages.lib.analysis.verdict import Verdict, verdict
+from stages.lib.model.judge import judge_features, load_judge
+from stages.lib.model.loading import freeze, load_causal_lm, load_tokenizer, pick_device, pick_precision
+from stages.lib.model.reward import load_reward_model, score_sequences
+from stages.lib.report import plots
+from stages.lib.run.artefacts import (
+    atomic_path,
+    read_json,
+    read_parquet,
+    round_floats,
+    write_history,
+    write_json,
+)
+from stages.lib.run.params import Base, Section, load_params
+from stages.lib.run.stage import run_stage
+
+MODELS = ("dpo", "ppo")  # the trained ones
+SERIES = {"base": "base", "dpo": "DPO", "ppo": "PPO"}
+TILES = ("score", "kl", "rep_4", "tokens", "ended", "emoji", "win_rate", "win_rate_lc")
+REPORTS = Path("reports/score_responses")
+
+
+class Params(Section):
+    micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward pass
+
+
+class Intervals(Section):
+    """The two numbers behind every interval of the project; their home is the section of analyze_logps."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    samples: int = Field(ge=1, alias="bootstrap_samples")  # resamples of prompts
+    confidence: float = Field(gt=0, lt=1)
+
+
+def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
+    device = pick_device()
+    precision = pick_precision(base.precision, device)
+    how = Resampling(**load_params("analyze_logps", Intervals, root).model_dump(), seed=base.seed)
+
+    # 1. all texts under reward model and judge
+    answers = pd.concat([read_table(root / "data/answers.parquet"), preferred_answers(root)], ignore_index=True)
+    candidates = read_table(root / "data/best_of_n.parquet")
+    courses = {name: read_table(root / f"data/courses/{name}.parquet") for name in MODELS}
+    tables = [answers, candidates, *courses.values()]
+    scored, tokens = score(root, tables, params.micro_batch_tokens, device, precision)
+    answers, candidates, *looks = scored
+    courses = dict(zip(courses, looks, strict=True))
+
+    # 2. the scorecard and the verdicts
+    of_judge = answers["split"] == "judge"
+    to_judge, answers = answers[of_judge], answers[~of_judge]
+    rows = round_floats(scorecard(answers, how))
+    ranges = preferred_ranges(answers, how)
+    card = pd.DataFrame(rows)
+    verdicts = {model: verdict(card, model, ranges) for model in MODELS}
+
+    # 3. the frontier
+    points = frontier_of(answers, to_judge, candidates, courses, how)
+
+    write_history(root / REPORTS / "scorecard.csv", rows)
+    write_json(root / REPORTS / "verdicts.json", {model: vars(found) for model, found in verdicts.items()})
+    write_history(root / REPORTS / "frontier.csv", round_floats(points))
+    pairs = pd.read_csv(root / "reports/train_reward/heldout_scores.csv")
+    pictures = {
+        "frontier": plots.frontier(pd.DataFrame(points)),
+        "scores": plots.scores(pairs, scores_of(answers)),
+    }
+    for name, png in pictures.items():
+        with atomic_path(root / REPORTS / f"{name}.png") as partial:
+            partial.write_bytes(png)
+    write_json(root / REPORTS / "metrics.json", round_floats(summary(answers, card, ranges, verdicts)))
+    print(f"wrote {REPORTS}/scorecard.csv, verdicts.json, frontier.csv, frontier.png, scores.png, metrics.json")
+    for model, found in verdicts.items():
+        print(f"{SERIES[model]}: {found.text}")
+    return {"tokens": tokens, "device": device.type, "precision": precision}
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    return pd.DataFrame(read_parquet(path))
+
+
+def preferred_answers(root: Path) -> pd.DataFrame:
+    """The chosen answer of each held-out prompt's first pair, cut at the limit that the models' answers have."""
+    limit = read_json(root / "reports/sample_responses/metrics.json")["max_new_tokens"]
+    tokenizer = load_tokenizer(root / "models/base")
+    pairs = read_table(root / "data/tokenized/pairs_heldout.parquet").drop_duplicates("prompt_id")
+    ids = [chosen[:limit] for chosen in pairs["chosen_input_ids"]]
+    texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    table = pd.DataFrame({"prompt_id": pairs["prompt_id"], "response_ids": ids, "text": texts})
+    table["ended"] = [each[-1] == tokenizer.eos_token_id for each in ids]
+    table[["logp", "base_logp", "entropy"]] = np.nan
+    return table.assign(model=CHOSEN, decoding="data", split="heldout")
+
+
+def score(
+    root: Path, tables: list[pd.DataFrame], micro_batch_tokens: int, device: torch.device, precision: str
+) -> tuple[list[pd.DataFrame], int]:
+    """The tables with columns score and judge, and the number of tokens read; equal texts are read once."""
+    texts = pd.concat([table[["prompt_id", "response_ids"]] for table in tables], ignore_index=True)
+    keys = pd.Series(zip(texts["prompt_id"], map(tuple, texts["response_ids"]), strict=True))
+    codes, different = pd.factorize(keys)
+    prompts = {}
+    for split in ("heldout", "eval", "judge"):
+        columns = read_parquet(root / f"data/tokenized/prompts_{split}.parquet")
+        prompts |= dict(zip(columns["prompt_id"], columns["input_ids"], strict=True))
+    asked = [prompts[prompt_id] for prompt_id, _ in different]
+    said = [list(response) for _, response in different]
+
+    model = load_reward_model(root / "models/reward", device)
+    eos = load_tokenizer(root / "models/base").eos_token_id
+    # a reward is read at the end of the turn, where the head was trained; a cut answer is closed for it
+    closed = [ids if ids[-1] == eos else [*ids, eos] for ids in said]
+    whole = [prompt + ids for prompt, ids in zip(asked, closed, strict=True)]
+    scores = np.array(score_sequences(model, whole, micro_batch_tokens, precision, "reward model"))
+    del model
+
+    judge = load_judge(root / "models/judge")
+    model = freeze(load_causal_lm(root / "models/base", device))
+    features = judge_features(model, asked, said, judge.layer, micro_batch_tokens, precision, "judge")
+    opinions = judge.scores(features).double().numpy()
+
+    scored, start = [], 0
+    for table in tables:
+        own = codes[start : start + len(table)]
+        scored.append(table.assign(score=scores[own], judge=opinions[own]))
+        start += len(table)
+    return scored, 2 * sum(map(len, whole))
+
+
+def frontier_of(
+    answers: pd.DataFrame,
+    to_judge: pd.DataFrame,
+    candidates: pd.DataFrame,
+    courses: dict[str, pd.DataFrame],
+    how: Resampling,
+) -> list[dict]:
+    """The points of the frontier: the models as they are, the courses of training, and the best of n."""
+    sampled = answers[answers["decoding"] == "sampled"]
+    own = {model: sampled[sampled["model"] == model] for model in SERIES}
+    points = [frontier.final(SERIES[model], table, own["base"], how) for model, table in own.items()]
+    for model, looks in courses.items():
+        points += frontier.course(f"{SERIES[model]}'s course", looks, to_judge, how)
+    several = candidates.pivot(index="prompt_id", columns="candidate", values=["score", "judge"])
+    one_more = own["base"].set_index("prompt_id").loc[several.index]  # exchangeable with the candidates
+    pools = (np.column_stack([several[name], one_more[name]]) for name in ("score", "judge"))
+    return points + frontier.best_of_n(*pools, how)
+
+
+def scores_of(answers: pd.DataFrame) -> pd.DataFrame:
+    """Reward-model scores of the sampled answers, a row per prompt, a column per model."""
+    sampled = answers[answers["decoding"] == "sampled"]
+    return sampled.pivot(index="prompt_id", columns="model", values="score")[list(SERIES)]
+
+
+def summary(
+    answers: pd.DataFrame, card: pd.DataFrame, ranges: dict[str, tuple[float, float]], verdicts: dict[str, Verdict]
+) -> dict:
+    """What `dvc metrics diff` compares: counts, the preferred answers' ranges, and the chief figures."""
+    sampled = answers[(answers["model"] == "base") & (answers["decoding"] == "sampled")]
+    metrics: dict = {"prompts": len(sampled), "preferred": {name: list(ends) for name, ends in ranges.items()}}
+    for model, found in verdicts.items():
+        rows = card[(card["model"] == model) & (card["decoding"] == "sampled")].set_index("measure")
+        metrics[model] = {"verdict": found.word}
+        metrics[model] |= {name: float(rows.loc[name, "mean"]) for name in TILES}
+        greedy = card[(card["model"] == model) & (card["decoding"] == "greedy") & (card["measure"] == "rep_4")]
+        metrics[model]["greedy_rep_4"] = float(greedy["mean"].iloc[0])
+    return metrics
+
+
+if __name__ == "__main__":
+    run_stage("score_responses", main, Params)
