@@ -16,7 +16,7 @@ def overrides(recipe):
 
 
 def test_the_recipes_are_there():
-    assert {recipe.stem for recipe in RECIPES} == {"homework", "smollm2-360m", "smoke"}
+    assert {recipe.stem for recipe in RECIPES} == {"homework", "human-like", "smollm2-360m", "smoke"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
@@ -52,3 +52,23 @@ def test_the_homework_keeps_the_notebooks_values(tmp_path):
     assert float(values["train_reward.learning_rate"]) == 3e-4 and int(values["train_reward.epochs"]) == 1
     assert int(values["train_dpo.batch_size"]) == int(values["train_reward.batch_size"]) == 16
     assert int(values["train_ppo.episodes"]) >= 2_000
+
+
+def test_human_like_is_the_homeworks_model_and_data_with_our_own_settings():
+    ours, homework = (
+        dict(((s, k), v) for s, k, v in overrides(REPO / f"recipes/{name}.txt"))
+        for name in ("human-like", "homework")
+    )
+    for section in ("fetch_base", "fetch_pairs"):
+        assert {k: v for k, v in ours.items() if k[0] == section} == {
+            k: v for k, v in homework.items() if k[0] == section
+        }
+    # of the trainings only what more and longer answers, or more memory, ask for
+    dials = {"micro_batch_tokens", "eval_steps", "look_steps", "response_length"}
+    assert {key for section, key in ours if section.startswith("train_")} <= dials
+
+
+def test_the_homework_is_the_notebooks_without_corrupted_copies():
+    values = {f"{section}.{key}": value for section, key, value in overrides(REPO / "recipes/homework.txt")}
+    assert values["train_reward.hard_negatives"] == "false" and float(values["train_dpo.hard_negatives"]) == 0
+    assert float(values["fetch_pairs.judge_fraction"]) == 0.1 and values["fetch_pairs.eval_prompts"] == "false"
