@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import convert_outputs_to_fp32
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import AutoTokenizer, TrainerCallback
@@ -16,16 +15,16 @@ from stages.lib.run.artefacts import read_json
 #: what each setting changes of DPOConfig's defaults
 SETTINGS = {
     "trl_default": {},
-    "trl_no_checkpointing": {"gradient_checkpointing": False},
-    "trl_precomputed": {"gradient_checkpointing": False, "precompute_ref_log_probs": True},
+    "trl_no_checkpointing": {"activation_checkpointing": False},
+    "trl_precomputed": {"activation_checkpointing": False, "precompute_ref_log_probs": True},
 }
 
 
 class TimedDPOTrainer(DPOTrainer):
     """DPOTrainer with a clock: the first batch warms up, the others count. Rows come in the given order."""
 
-    def __init__(self, *args, device: torch.device, watch: PrecisionWatch, bf16: bool, **kwargs):
-        self.device, self.watch, self.bf16 = device, watch, bf16
+    def __init__(self, *args, device: torch.device, watch: PrecisionWatch, **kwargs):
+        self.device, self.watch = device, watch
         self.reference_marks: list[float] = []
         self.tokens: list[int] = []
         self.losses: list[float] = []
@@ -38,15 +37,11 @@ class TimedDPOTrainer(DPOTrainer):
         return SequentialSampler(self.train_dataset)
 
     def compute_ref_log_probs(self, model, inputs):
-        """Runs at construction, when the model is not yet under autocast (trl 1.12): left alone, in fp32."""
+        """Runs at construction, before training (trl 1.16)."""
         if not self.reference_marks:
             self.watch.on(model)
             self.reference_marks.append(now(self.device))
-        forward = model.forward
-        if self.bf16:  # what accelerate does to the model that trains
-            model.forward = convert_outputs_to_fp32(torch.autocast(self.device.type, torch.bfloat16)(forward))
         logps = super().compute_ref_log_probs(model, inputs)
-        model.forward = forward
         self.reference_marks.append(now(self.device))
         return logps
 
@@ -90,7 +85,6 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         losses; precision; peak_memory_mb.
     """
     root, device = Path(spec["root"]), torch.device(spec["device"])
-    bf16 = spec["precision"] == "bf16"
     watch, clock = PrecisionWatch(), Clock(device)
     trainer = TimedDPOTrainer(
         model=str(root / "models/base"),
@@ -99,7 +93,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             per_device_train_batch_size=spec["batch_size"],
             num_train_epochs=1,
             max_length=spec["max_length"],
-            bf16=bf16,
+            bf16=spec["precision"] == "bf16",
             use_cpu=device.type == "cpu",
             save_strategy="no",
             report_to="none",
@@ -111,7 +105,6 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         callbacks=[clock],
         device=device,
         watch=watch,
-        bf16=bf16,
     )
     trainer.train()
     reference = trainer.reference_marks
