@@ -53,8 +53,9 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         }
         metrics[split] = {
             "pairs": count,
-            "logps/chosen": sum(both[:count]) / count,
-            "logps/rejected": sum(both[count:]) / count,
+            # no copy, where no chosen answer could be spoilt
+            "logps/chosen": sum(both[:count]) / count if count else None,
+            "logps/rejected": sum(both[count:]) / count if count else None,
         }
         tokens += sum(map(len, prompts)) + sum(map(len, completions))
 

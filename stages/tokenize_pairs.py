@@ -43,7 +43,13 @@ from stages.lib.run.stage import run_stage
 
 PAIRS = ("train", "heldout", "judge")
 SOURCES = (*PAIRS, "unseen", "eval_prompts")
-COPIES = ("train", "heldout", "negatives", "judge", "judge_short")  # of data/corrupted
+COPIES = {  # tables of data/corrupted, and of which pairs their rows are copies
+    "train": "train",
+    "heldout": "heldout",
+    "negatives": "train",
+    "judge": "judge",
+    "judge_short": "judge",
+}
 
 
 class Params(Section):
@@ -93,7 +99,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     cuts_of_sources = dict(cuts)
     copies = {name: read_rows(root / f"data/corrupted/{name}.parquet") for name in COPIES}
     usable = {
-        name: corrupted_rows(copies[name], ids_of(copies[name], f"corrupted {name}"), pattern) for name in COPIES
+        name: corrupted_rows(copies[name], ids_of(copies[name], f"corrupted {name}"), pattern, rows[split])
+        for name, split in COPIES.items()
     }
 
     folder = root / "data/tokenized"

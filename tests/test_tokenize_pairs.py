@@ -100,7 +100,8 @@ def test_copies_that_differ_only_after_the_cut_or_hold_a_special_token_go(tiny_b
     tables, metrics = read_all(tiny_base)
     assert tables["pairs_negatives"]["row"] == tables["reward_negatives_train"]["row"] == [1, 2, 2]
     assert metrics["corrupted"]["train"] == {"read": 4, "kept": 3}
-    train = [("a", "<|im_end|>", "c"), ("d", "e", "f")]
+    # a pair that goes takes its copies along, also where the token is in its rejected answer, which they do not hold
+    train = [("a", "b", "c<|im_end|>"), ("d", "e", "f")]
     main(BASE, PARAMS, pairs_in(tiny_base, train, on_bad_row="drop"))
     tables, metrics = read_all(tiny_base)
     assert tables["pairs_negatives"]["row"] == [2, 2] and metrics["corrupted"]["negatives"] == {

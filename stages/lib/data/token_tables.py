@@ -86,14 +86,25 @@ def count_cuts(
     return cuts
 
 
-def corrupted_rows(rows: list[Row], ids: list[Ids], pattern: re.Pattern[str]) -> tuple[list[Row], list[Ids]]:
-    """The corrupted copies that can be used: those of the same token ids as the original after the cut, and those
-    that hold a special token, their own or their original's, are not."""
+def corrupted_rows(
+    rows: list[Row], ids: list[Ids], pattern: re.Pattern[str], pairs: list[Row]
+) -> tuple[list[Row], list[Ids]]:
+    """The corrupted copies that can be used.
+
+    Not those of a pair that was dropped, those that hold a special token of their own, and those whose token ids
+    are the original's once both are cut.
+
+    Args:
+        pattern: `chat.special_token_pattern`.
+        pairs: those that were kept.
+    """
+    kept = {pair["row"] for pair in pairs}
     good = [
         (row, row_ids)
         for row, row_ids in zip(rows, ids, strict=True)
-        if row_ids["chosen_input_ids"] != row_ids["rejected_input_ids"]
-        and not any(pattern.search(row[name]) for name in ("prompt", "chosen", "rejected"))
+        if row["row"] in kept
+        and row_ids["chosen_input_ids"] != row_ids["rejected_input_ids"]
+        and not pattern.search(row["rejected"])
     ]
     return [row for row, _ in good], [row_ids for _, row_ids in good]
 
