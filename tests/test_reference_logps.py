@@ -12,6 +12,7 @@ from stages.lib.run.artefacts import read_json, write_parquet
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
 from tests.model.test_logps import textbook_logps
+from tests.support.corrupted_tables import write_negatives
 
 BASE = Base(seed=42, precision="fp32")
 PAIRS = {
@@ -28,6 +29,7 @@ def project(tiny_base, monkeypatch):
         for position, name in enumerate(("prompt", "chosen", "rejected")):
             columns[f"{name}_input_ids"] = pa.array([pair[position] for pair in pairs], pa.list_(pa.int32()))
         write_parquet(tiny_base / f"data/tokenized/pairs_{split}.parquet", columns)
+    write_negatives(tiny_base)
     return tiny_base
 
 
@@ -44,6 +46,17 @@ def test_log_probs_are_the_textbooks_in_float32(project):
                 torch.testing.assert_close(torch.tensor(stored[name]), expected, rtol=1e-5, atol=1e-5)
         schema = pq.read_schema(project / f"data/reference_logps/pairs_{split}.parquet")
         assert schema.field("chosen_logps").type == pa.float32()
+
+
+def test_corrupted_copies_keep_their_pairs_chosen_log_probs_and_get_their_own(project):
+    reference_logps.main(BASE, reference_logps.Params(micro_batch_tokens=8), project)
+    stored, train = read_reference_logps(project, "negatives"), read_reference_logps(project, "train")
+    assert stored["chosen_logps"] == train["chosen_logps"] and stored["row"] == train["row"]
+    prompts, chosen, _ = zip(*PAIRS["train"], strict=True)
+    backwards = [answer[::-1] for answer in chosen]
+    with torch.no_grad():
+        expected = textbook_logps(load_causal_lm(project / "models/base"), prompts, backwards)
+    torch.testing.assert_close(torch.tensor(stored["rejected_logps"]), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_same_run_gives_the_same_bytes(project):

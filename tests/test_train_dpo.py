@@ -25,6 +25,7 @@ from stages.lib.run.artefacts import read_json, write_parquet
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
 from tests.conftest import REPO
+from tests.support.corrupted_tables import write_judge_prompts, write_negatives
 
 BASE = Base(seed=42, precision="fp32")
 PARAMS = train_dpo.Params(
@@ -39,7 +40,12 @@ PARAMS = train_dpo.Params(
     max_grad_norm=1.0,
     epochs=1,
     batch_size=4,
+    hard_negatives=0.0,
     eval_steps=10,
+    look_steps=10,
+    look_prompts=2,
+    response_length=4,
+    temperature=0.7,
     micro_batch_tokens=500,
 )
 
@@ -65,6 +71,8 @@ def project(tiny_base, tokenizer, embedded_pairs) -> Path:
         for name in ids[0]:
             columns[name] = pa.array([row[name] for row in ids], pa.list_(pa.int32()))
         write_parquet(tiny_base / f"data/tokenized/pairs_{split}.parquet", columns)
+    write_negatives(tiny_base)
+    write_judge_prompts(tiny_base)
     reference_logps.main(BASE, reference_logps.Params(micro_batch_tokens=2000), tiny_base)
     return tiny_base
 

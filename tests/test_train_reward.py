@@ -18,9 +18,12 @@ from stages.lib.run.artefacts import read_parquet, write_parquet
 from stages.lib.run.params import Base, load_params
 from stages.train_reward import HeadOnFeatures, OneDevice, Params, heldout_figures, main
 from tests.conftest import REPO
+from tests.support.corrupted_tables import write_reward_negatives
 
 BASE = Base(seed=42, precision="fp32")
-PARAMS = Params(learning_rate=1e-2, epochs=3, batch_size=4, logging_steps=5, micro_batch_tokens=512)
+PARAMS = Params(
+    learning_rate=1e-2, epochs=3, batch_size=4, logging_steps=5, hard_negatives=False, micro_batch_tokens=512
+)
 
 
 def conversation(tokenizer, row, side, max_length=200):
@@ -38,6 +41,7 @@ def root(tiny_base, tokenizer, embedded_pairs):
         for side in ("chosen", "rejected"):
             columns[f"{side}_ids"] = [conversation(tokenizer, row, side) for row in embedded_pairs[first:last]]
         write_parquet(tiny_base / f"data/tokenized/reward_{split}.parquet", columns)
+    write_reward_negatives(tiny_base)
     return tiny_base
 
 
@@ -76,6 +80,21 @@ def test_writes_a_reward_model_anyone_can_load(root, tokenizer):
         (scores.chosen_score - scores.rejected_score).mean(), 1e-4
     )
     assert facts["precision"] == "fp32" and facts["tokens"] > 0
+
+
+def test_hard_negatives_are_learnt_from_and_accuracy_is_told_by_kind(root, capsys):
+    by_kind = {}
+    for hard in (False, True):
+        main(BASE, PARAMS.replace(hard_negatives=hard, epochs=20), root)
+        metrics = json.loads((root / "reports/train_reward/metrics.json").read_text())
+        by_kind[hard] = metrics["by_kind"]
+        told = capsys.readouterr().out
+        for kind, accuracy in metrics["by_kind"].items():
+            assert (f"prefers a corrupted copy ({kind})" in told) == (accuracy < 0.5)
+        pairs = 22 * 2 + 44 if hard else 22  # every pair twice, and two copies of it
+        assert metrics["steps"] == 20 * math.ceil(pairs / 4) and metrics["hard_negatives"] == 44 * hard
+    assert set(by_kind[True]) == {"loop", "shuffle"}
+    assert sum(by_kind[True].values()) > sum(by_kind[False].values())
 
 
 def test_history_has_training_and_heldout_figures_of_every_logged_step(root):

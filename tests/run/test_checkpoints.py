@@ -28,6 +28,7 @@ from stages.lib.run.artefacts import write_parquet
 from stages.lib.run.checkpoints import Checkpoints, Stopped, key_of
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
+from tests.support.corrupted_tables import write_negatives, write_reward_negatives
 
 BASE = Base(seed=42, precision="fp32")
 DPO = train_dpo.Params(
@@ -42,10 +43,17 @@ DPO = train_dpo.Params(
     max_grad_norm=1.0,
     epochs=2,
     batch_size=4,
+    hard_negatives=0.5,
     eval_steps=2,
+    look_steps=2,
+    look_prompts=2,
+    response_length=4,
+    temperature=0.7,
     micro_batch_tokens=500,
 )
-REWARD = train_reward.Params(learning_rate=1e-2, epochs=2, batch_size=4, logging_steps=2, micro_batch_tokens=512)
+REWARD = train_reward.Params(
+    learning_rate=1e-2, epochs=2, batch_size=4, logging_steps=2, hard_negatives=True, micro_batch_tokens=512
+)
 PPO = train_ppo.Params(
     policy="base",
     episodes=20,
@@ -112,6 +120,8 @@ def project(tiny_base, tokenizer, embedded_pairs) -> Path:
         prompts = {"prompt_id": shared["prompt_id"]} | prompts
         name = "judge" if split == "heldout" else split
         write_parquet(tiny_base / f"data/tokenized/prompts_{name}.parquet", prompts)
+    write_negatives(tiny_base)
+    write_reward_negatives(tiny_base)
     reference_logps.main(BASE, reference_logps.Params(micro_batch_tokens=2000), tiny_base)
     set_seed(1)
     reward_model = new_reward_model(tiny_base / "models/base", tokenizer.pad_token_id)
