@@ -185,7 +185,7 @@ def test_a_missing_key_is_named_and_the_old_page_stays(root):
         (
             "score_responses/scorecard.csv",
             "model,decoding,measure,mean,low,high,change,change_low,change_high\n",
-            "no kl of ppo",
+            "no score of ppo",
         ),
         ("train_dpo/metrics.json", "{", "not JSON"),
     ],

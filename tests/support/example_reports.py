@@ -163,6 +163,7 @@ def example_tables() -> dict[str, list[dict[str, float]]]:
             "policy/clipfrac_avg": 0.02 + 0.01 * wobble[update],
             "loss/policy_avg": -0.01,
             "loss/value_avg": 0.4,
+            "rep_4": 0.02,
             "val/ratio": 1.0,
             "val/num_eos_tokens": 3,
             "lr": 3e-6,
@@ -215,7 +216,14 @@ def example_tables() -> dict[str, list[dict[str, float]]]:
         "train_ppo/history.csv": ppo,
         "train_ppo/evaluations.csv": [
             {"update": update, "episode": 16 * update, "score": -0.4 + 0.05 * update, "kl": 0.2 * update}
-            | {"entropy": 1.5, "eos_rate": 0.5, "response_length": 70.0, "kept": True}
+            | {
+                "objective": 0.1 * update,
+                "entropy": 1.5,
+                "rep_4": 0.02,
+                "ended": 0.5,
+                "tokens": 70.0,
+                "kept": True,
+            }
             for update in (6, 12)
         ],
         "score_responses/frontier.csv": frontier,
