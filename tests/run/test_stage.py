@@ -1,5 +1,7 @@
 """What surrounds a stage: announcement, run.json, errors."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -8,8 +10,9 @@ import sys
 import pytest
 import torch  # noqa: F401 (evaluated below)
 
+from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, Section
-from stages.lib.run.stage import run_record, shortage, take_fence
+from stages.lib.run.stage import run_record, shortage, stage_lock
 from tests.conftest import REPO
 
 SCRIPT = '''"""Add two numbers."""
@@ -137,13 +140,42 @@ def test_a_real_allocation_that_fails_names_the_dial(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_a_second_process_of_a_stage_is_fenced_off_and_told_of_the_first(tmp_path):
-    fence = take_fence("add", tmp_path)
-    result = run(tmp_path, 5)
+def test_a_second_process_of_a_stage_is_refused_and_told_of_the_first(tmp_path):
+    with stage_lock("add", tmp_path):
+        result = run(tmp_path, 5)
     assert result.returncode == 1
     assert (
         f"process {os.getpid()} still runs this stage here" in result.stderr and "Traceback" not in result.stderr
     )
     assert not (tmp_path / "reports").exists()
-    fence.close()
+    assert run(tmp_path, 5).returncode == 0
+
+
+def test_a_folder_that_takes_no_lock_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    result = run(tmp_path, 5)
+    assert result.returncode == 1
+    assert result.stderr.startswith("add: error: checkpoints") and "cannot be locked" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_disk_without_locks_is_refused_and_gets_no_marker_that_outlives_a_kill(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match="cannot be locked"), stage_lock("add", tmp_path):
+        pass
+    assert not (tmp_path / "checkpoints/add.pid").exists()
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    script = f"""
+import os, signal
+from pathlib import Path
+from stages.lib.run.stage import stage_lock
+with stage_lock("add", Path({str(tmp_path)!r})):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert run_script(tmp_path, script).returncode == -9
     assert run(tmp_path, 5).returncode == 0

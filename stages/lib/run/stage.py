@@ -1,6 +1,5 @@
 """What every stage does around its own work: parameters in, announcement, errors, run.json out."""
 
-import fcntl
 import importlib.metadata
 import io
 import os
@@ -10,9 +9,12 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from stages.lib.run.artefacts import is_no_room, read_json, round_floats, write_json
 from stages.lib.run.errors import UserError
@@ -32,24 +34,22 @@ def run_stage(stage: str, main: Callable[..., dict[str, Any] | None], params_cla
         sys.stdout.reconfigure(line_buffering=True)  # DVC reads through a pipe
     started = time.monotonic()
     try:
-        fence = take_fence(stage, Path("."))
-        print(f"{stage}: {_first_line_of(main)}")
-        base = load_params("base", Base)
-        facts = main(base, load_params(stage, params_class)) or {}
+        with stage_lock(stage, Path(".")):
+            print(f"{stage}: {_first_line_of(main)}")
+            base = load_params("base", Base)
+            facts = main(base, load_params(stage, params_class)) or {}
+            if os.environ.get("RANK", "0") != "0":
+                return  # under torchrun only the main process writes
+            seconds = time.monotonic() - started
+            record = run_record(seconds, facts) | {"seed": base.seed} | data_hash(Path("."))
+            write_json(Path("reports") / stage / "run.json", round_floats(record))
     except UserError as error:
         sys.exit(f"{stage}: error: {error}")
     except Exception as error:
         if message := shortage(error, stage, params_class):
             sys.exit(f"{stage}: error: {message}")
         raise
-    if os.environ.get("RANK", "0") != "0":
-        return  # under torchrun only the main process writes
-    seconds = time.monotonic() - started
-    record = run_record(seconds, facts) | {"seed": base.seed} | data_hash(Path("."))
-    write_json(Path("reports") / stage / "run.json", round_floats(record))
     print(f"{stage}: done in {seconds:.1f} s, peak memory {peak_memory_mb():,.0f} MB")
-    if fence:
-        fence.close()
 
 
 def data_hash(root: Path) -> dict[str, str]:
@@ -58,33 +58,41 @@ def data_hash(root: Path) -> dict[str, str]:
     return {"data_sha256": read_json(report)["sha256"]} if report.exists() else {}
 
 
-def take_fence(stage: str, root: Path) -> IO[str] | None:
-    """A lock held until this process ends: a stage that outlived a killed dvc and its successor share their files.
+@contextmanager
+def stage_lock(stage: str, root: Path) -> Iterator[None]:
+    """Held in the block: a stage that outlived a killed dvc and its successor would share their files.
 
-    Returns:
-        The open lock file; None in processes under torchrun that are not the main one.
+    The system lets go of it when the process ends, however that ends. Under torchrun the main process holds it.
 
     Raises:
-        UserError: another process runs the stage here.
+        UserError: another process runs the stage here, or the folder cannot be written to or locked in.
     """
     if os.environ.get("RANK", "0") != "0":
-        return None
+        yield
+        return
     path = root / "checkpoints" / f"{stage}.lock"
-    path.parent.mkdir(exist_ok=True)
-    file = open(path, "a+")
+    pid_path = path.with_suffix(".pid")
+    # where a disk has no locks, filelock would leave a marker file that outlives a killed process
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        pid = file.read().strip()
+        path.parent.mkdir(exist_ok=True)
+        lock.acquire()
+        pid_path.write_text(str(os.getpid()))
+    except Timeout:
+        pid = pid_path.read_text() if pid_path.exists() else "unknown"
         raise UserError(
             f"process {pid} still runs this stage here, left over from a killed dvc perhaps. Wait for it, or "
             f"end it (kill {pid}: a training stage saves a checkpoint first), then run dvc repro again"
         ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
+    except (OSError, NotImplementedError) as error:
+        raise UserError(
+            f"{path}: cannot be locked ({error}); run the project in a folder you may write to, on a disk with "
+            "file locks (some network disks have none)"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def shortage(error: Exception, stage: str, params_class: type) -> str | None:
