@@ -1,0 +1,130 @@
+"""What README.md quotes of the committed run, made from its reports: the text between two comments of a name.
+
+Run     python -m tests.support.readme_blocks     rewrites README.md from the reports in the working tree
+
+A test holds the README equal to this over the reports of the newest commit.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+REPO = Path(__file__).resolve().parents[2]
+COLUMNS = {"base": "base", "dpo": "DPO", "ppo": "PPO", "chosen": "preferred answers"}
+ROWS = (  # measure, decoding, label, digits, as a percentage
+    ("win_rate", "sampled", "the judge prefers it to the base’s", 0, True),
+    ("win_rate_lc", "sampled", "the same at equal length", 0, True),
+    ("score", "sampled", "reward model’s score", 2, False),
+    ("kl", "sampled", "KL to the base, nats an answer", 1, False),
+    ("rep_4", "greedy", "repeated 4-grams, greedy answers", 2, False),
+    ("rep_4", "sampled", "repeated 4-grams, sampled answers", 3, False),
+    ("tokens", "sampled", "tokens (at most {limit})", 0, False),
+    ("ended", "sampled", "ended by itself", 0, True),
+    ("emoji", "sampled", "emoji", 2, False),
+    ("asks_back", "sampled", "asks back", 0, True),
+)
+LONGEST = 300  # characters of an answer that is shown
+
+Read = Callable[[str], str | None]  # a file's text by its path from the root; None where it is not there
+
+
+def blocks(read: Read) -> dict[str, str]:
+    """The text of every block by name."""
+    return {
+        "verdicts": verdicts(read),
+        "scorecard": scorecard(read),
+        "answers": answers(read),
+        "stages": stages(read),
+    }
+
+
+def verdicts(read: Read) -> str:
+    found = json.loads(read("reports/score_responses/verdicts.json"))
+    return "\n".join(
+        f"- **{COLUMNS[model]} is {each['word']}**: {'; '.join(each['reasons'])}." for model, each in found.items()
+    )
+
+
+def scorecard(read: Read) -> str:
+    table = list(csv.DictReader(StringIO(read("reports/score_responses/scorecard.csv"))))
+    found = {(row["model"], row["decoding"], row["measure"]): row for row in table}
+    limit = json.loads(read("reports/sample_responses/metrics.json"))["max_new_tokens"]
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
+    for measure, decoding, label, digits, as_percentage in ROWS:
+        cells = []
+        for model in COLUMNS:
+            row = found.get((model, "data" if model == "chosen" and decoding == "sampled" else decoding, measure))
+            cells.append(cell(row, digits, as_percentage) if row else "")
+        lines.append(f"| {label.format(limit=limit)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(row: dict[str, str], digits: int, as_percentage: bool) -> str:
+    """'0.52 [0.40, 0.63]', '61 % [55, 67]'"""
+    factor = 100 if as_percentage else 1
+    mean, low, high = (f"{factor * float(row[n]):.{digits}f}" if row[n] else "" for n in ("mean", "low", "high"))
+    unit = " %" if as_percentage else ""
+    return f"{mean}{unit}" + (f" [{low}, {high}]" if low else "")
+
+
+def answers(read: Read) -> str:
+    sample = json.loads(read("reports/sample_responses/samples.json"))[1]
+    lines = [f"| | {plain(sample['prompt'])} |", "|---|---|"]
+    for decoding in ("greedy", "sampled"):
+        for model in ("base", "dpo", "ppo"):
+            text = plain(sample["answers"][model][decoding])
+            text = text if len(text) <= LONGEST else text[:LONGEST].rstrip() + " …"
+            lines.append(f"| {COLUMNS[model]}, {decoding} | {text} |")
+    return "\n".join(lines)
+
+
+def plain(text: str) -> str:
+    """One line that ends no table cell and opens no markup."""
+    return re.sub(r"([\\`*_<>\[\]|#~])", r"\\\1", " ".join(text.split()))
+
+
+def stages(read: Read) -> str:
+    definitions = YAML(typ="safe").load(read("dvc.yaml"))["stages"]
+    lines, total = ["| stage | does | time | peak memory |", "|---|---|---|---|"], 0.0
+    machine = ""
+    for name, definition in definitions.items():
+        run = json.loads(read(f"reports/{name}/run.json"))
+        total += run["seconds"]
+        machine = f"{run['machine']}, {run['precision']}" if "precision" in run else machine
+        seconds = f"{run['seconds']:.0f} s" if run["seconds"] >= 1 else "< 1 s"
+        lines.append(f"| `{name}` | {definition['desc']} | {seconds} | {run['peak_memory_mb'] / 1000:.1f} GB |")
+    return "\n".join(
+        [*lines, "", f"The committed run: {machine}; {total / 60:.0f} minutes in all, installation apart."]
+    )
+
+
+def with_blocks(text: str, found: dict[str, str]) -> str:
+    """The README with every block as it should be.
+
+    Raises:
+        ValueError: a block's comments are missing.
+    """
+    for name, block in found.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README.md: no '<!-- {name} -->' and '<!-- end of {name} -->'")
+        text = pattern.sub(lambda match, block=block: match[1] + block + match[2], text)
+    return text
+
+
+def main() -> None:
+    def read(path: str) -> str:
+        return (REPO / path).read_text(encoding="utf-8")
+
+    readme = REPO / "README.md"
+    readme.write_text(with_blocks(readme.read_text(encoding="utf-8"), blocks(read)), encoding="utf-8")
+    print("wrote README.md")
+
+
+if __name__ == "__main__":
+    main()
