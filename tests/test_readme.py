@@ -1,7 +1,7 @@
 """README.md quotes the committed reports, and only what they say.
 
-After a run: `python -m tests.support.readme_blocks` rewrites what stands between the README's comments; commit it with the
-reports, run this file, and put the few lines it asks for into the README.
+After a run: `python -m tests.support.readme_blocks` rewrites what stands between the README's comments; commit it
+with the reports, run this file, and put the few lines it asks for into the README.
 """
 
 import json
