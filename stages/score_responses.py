@@ -171,9 +171,7 @@ def frontier_of(
     for model, looks in courses.items():
         points += frontier.course(f"{SERIES[model]}'s course", looks, to_judge, how)
     several = candidates.pivot(index="prompt_id", columns="candidate", values=["score", "judge"])
-    one_more = own["base"].set_index("prompt_id").loc[several.index]  # exchangeable with the candidates
-    pools = (np.column_stack([several[name], one_more[name]]) for name in ("score", "judge"))
-    return points + frontier.best_of_n(*pools, how)
+    return points + frontier.best_of_n(several["score"].to_numpy(), several["judge"].to_numpy(), how)
 
 
 def scores_of(answers: pd.DataFrame) -> pd.DataFrame:

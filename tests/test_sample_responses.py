@@ -71,7 +71,7 @@ def test_who_answers_what(root):
     assert asked == expected | {("base", "sampled", "judge"): LOOKED_AT}
     assert (answers["response_ids"].map(len) <= 6).all()
     candidates = pd.DataFrame(read_parquet(root / "data/best_of_n.parquet"))
-    assert candidates.groupby("prompt_id")["candidate"].agg(list).tolist() == [list(range(16))] * 2
+    assert candidates.groupby("prompt_id")["candidate"].agg(list).tolist() == [list(range(17))] * 2
     several = candidates[candidates["candidate"] < 2]["response_ids"].map(tuple)
     assert several.nunique() == len(several)  # each candidate has random numbers of its own
 
@@ -131,7 +131,7 @@ def test_log_probs_are_those_of_the_definition_at_the_sampling_temperature(root,
 def test_fewer_held_out_prompts_than_asked_for_are_all_taken(root):
     main(BASE, PARAMS.replace(gallery_prompts=50, best_of_n_prompts=50), root)
     assert len(json.loads((root / "reports/sample_responses/samples.json").read_text())) == len(PROMPTS["heldout"])
-    assert len(read_parquet(root / "data/best_of_n.parquet")["prompt_id"]) == 16 * len(PROMPTS["heldout"])
+    assert len(read_parquet(root / "data/best_of_n.parquet")["prompt_id"]) == 17 * len(PROMPTS["heldout"])
 
 
 def test_no_held_out_prompt_is_an_error(root):

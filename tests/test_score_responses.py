@@ -65,7 +65,7 @@ def root(tokenizer, tmp_path_factory):
                 row = answer(number, i) | {"model": model, "decoding": decoding, "split": split}
                 rows.append(row | {"logp": -9.0 + number, "base_logp": -9.0, "entropy": 1.0})
     write_parquet(root / "data/answers.parquet", {name: [row[name] for row in rows] for name in rows[0]})
-    rows = [answer(k, i) | {"candidate": k, "split": "heldout"} for i in (1, 3) for k in range(16)]
+    rows = [answer(k, i) | {"candidate": k, "split": "heldout"} for i in (1, 3) for k in range(17)]
     write_parquet(root / "data/best_of_n.parquet", {name: [row[name] for row in rows] for name in rows[0]})
     for number, model in enumerate(("dpo", "ppo")):
         rows = [
@@ -201,4 +201,4 @@ def test_texts_are_read_once(root, monkeypatch):
     monkeypatch.setattr(stage, "score_sequences", spy)
     main(BASE, PARAMS, root)
     answers = pd.DataFrame(read_parquet(root / "data/answers.parquet"))
-    assert counts[0] <= 11 * len(WORDS) < len(answers) + 2 * 16  # prompts times texts, however often each was said
+    assert counts[0] <= 11 * len(WORDS) < len(answers) + 2 * 17  # prompts times texts, however often each was said
