@@ -212,9 +212,9 @@ def frontier(points: pd.DataFrame) -> bytes:
         "best of n": (PURPLE, "s", ":"),
         "DPO's course": (ORANGE, "^", "--"),
         "PPO's course": (GREEN, "o", "-"),
-        "base": (GREY, "D", ""),
-        "DPO": (ORANGE, "D", ""),
-        "PPO": (GREEN, "D", ""),
+        "base": (GREY, "D", "None"),
+        "DPO": (ORANGE, "D", "None"),
+        "PPO": (GREEN, "D", "None"),
     }
     titles = {"score": "Reward-model score", "win_rate": "Judge's win rate over the base"}
     with matplotlib.rc_context(STYLE):
@@ -223,11 +223,11 @@ def frontier(points: pd.DataFrame) -> bytes:
         for axes, (measure, title) in zip(panels, titles.items(), strict=True):
             for series, (colour, marker, line) in looks.items():
                 part = points[points["series"] == series]
-                finished = line == ""
+                finished = line == "None"
                 axes.plot(
                     part["sqrt_kl"],
                     part[measure],
-                    line or "none",
+                    linestyle=line,
                     color=colour,
                     marker=marker,
                     markersize=9 if finished else 5,
@@ -240,7 +240,7 @@ def frontier(points: pd.DataFrame) -> bytes:
                 if finished and not np.isnan(ends).any():
                     axes.vlines(part["sqrt_kl"], *ends.T, color=colour, linewidth=1.6)
                 if series == "best of n":
-                    for _, point in part.iterrows():
+                    for _, point in part[part["step"] > 1].iterrows():  # of one is the base
                         axes.annotate(
                             f"{point['step']:.0f}",
                             (point["sqrt_kl"], point[measure]),
@@ -253,7 +253,8 @@ def frontier(points: pd.DataFrame) -> bytes:
             axes.set(title=title, xlabel="√KL to the base (nats per answer)")
             axes.margins(0.08)
         panels[1].axhline(0.5, color=GREY, linestyle=":", linewidth=1.2)
-        panels[1].yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        panels[1].yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        panels[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
         _legend(figure, panels[0], columns=3)
         return _png(figure, "What was gained, and how far from the base", "frontier")
 
@@ -301,7 +302,7 @@ def scores(pairs: pd.DataFrame, answers: pd.DataFrame) -> bytes:
                 )
             axes.set(title=title, ylim=(0, None))
             axes.set_xlabel("reward-model score", labelpad=4)
-            axes.tick_params(axis="x", pad=21)
+            axes.tick_params(axis="x", pad=28 if len(series) > 2 else 21)
             axes.yaxis.set_major_locator(MaxNLocator(3))
             axes.legend(loc="upper left", bbox_to_anchor=(0, 1))
             axes.set_ylim(0, axes.get_ylim()[1] * 1.35)
