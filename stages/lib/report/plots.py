@@ -222,7 +222,7 @@ def frontier(points: pd.DataFrame) -> bytes:
         panels = figure.subplots(1, 2)
         for axes, (measure, title) in zip(panels, titles.items(), strict=True):
             for series, (colour, marker, line) in looks.items():
-                part = points[points["series"] == series]
+                part = points.query("series == @series")
                 finished = line == "None"
                 axes.plot(
                     part["sqrt_kl"],
