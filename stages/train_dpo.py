@@ -229,14 +229,16 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     scheduler = get_scheduler(schedule, optimizer.optimizer, params.warmup_steps, num_steps)
 
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    actor = Actor(
-        TokenLogps(model, params.temperature),
-        tokenizer,
-        accelerator,
-        precision,
-        params.response_length,
-        max(params.micro_batch_tokens, 4096),  # without a backward pass
-    )
+    actor = None  # sharded, each process holds a part of the model, which cannot sample
+    if not sharded:
+        actor = Actor(
+            TokenLogps(model, params.temperature),
+            tokenizer,
+            accelerator,
+            precision,
+            params.response_length,
+            max(params.micro_batch_tokens, 4096),  # without a backward pass
+        )
     with Checkpoints("train_dpo", root, base, params, sharded) as checkpoints:
         saved = checkpoints.load(
             model=model, optimizer=optimizer.optimizer, scheduler=scheduler, scaler=accelerator.scaler
@@ -255,7 +257,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
 
         def look(step: int) -> None:
             """What the policy now answers to a few of the judge's prompts."""
-            if sharded:  # each process holds a part of the model, which cannot sample
+            if actor is None:
                 return
             pairs_seen = sum(len(index) for _, index in islice(batches_of(len(train), params, base.seed), step))
             rollout = actor.roll_out(look_prompts, base.seed).gathered(accelerator)

@@ -277,7 +277,7 @@ def test_a_failed_stage_exits_non_zero_names_the_key_and_leaves_the_model(smoke_
     finally:
         (smoke_project / "params.yaml").write_text(before)
     assert result.returncode != 0
-    assert "params.yaml: 'train_dpo.beta' must be float above 0, not 0" in result.stdout + result.stderr
+    assert "params.yaml: 'train_dpo.beta' must be float above 0, not -1.0" in result.stdout + result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     assert (smoke_project / "dvc.lock").read_text() == lock
     dvc(smoke_project, "repro")  # from the cache: the model is there as before

@@ -110,10 +110,10 @@ def with_blocks(text: str, found: dict[str, str]) -> str:
         ValueError: a block's comments are missing.
     """
     for name, block in found.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"README.md: no '<!-- {name} -->' and '<!-- end of {name} -->'")
-        text = pattern.sub(lambda match, block=block: match[1] + block + match[2], text)
+        text = pattern.sub(lambda match, block=block: match[1] + block + "\n" + match[2], text)
     return text
 
 
