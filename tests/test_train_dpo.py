@@ -79,7 +79,7 @@ def project(tiny_base, tokenizer, embedded_pairs) -> Path:
 
 def history_of(root: Path) -> list[dict[str, float]]:
     with open(root / "reports/train_dpo/history.csv") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def trl_trajectory(project, tokenizer, rows) -> list[dict[str, float]]:
