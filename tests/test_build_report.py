@@ -93,7 +93,7 @@ def test_numbers_stand_beside_their_intervals_and_baselines(root):
     assert "+0.10 [\N{MINUS SIGN}0.10, +0.30]" in text  # gain in score
     assert "302 pairs over 302 prompts" in text and "4 (duplicate)" in text
     assert "26 min 52 s" in text  # thirteen stages: 13 + 20.5 * 78 = 1,612 s
-    assert "beta: 1.0" in text and "# implicit-reward temperature" in text
+    assert "beta: 0.1" in text and "# implicit-reward temperature" in text
 
 
 @pytest.mark.parametrize("where", ["prompt", "greedy", "sampled"])
