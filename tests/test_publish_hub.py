@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from stages.check_hub import answer, score
@@ -283,7 +284,7 @@ def test_a_file_that_does_not_fit_ends_the_stage_with_a_message(root):
     ],
 )
 def test_settings_the_hub_would_refuse_are_refused_at_once(changes, complaint):
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(ValidationError, match=complaint):
         params(**changes)
 
 
