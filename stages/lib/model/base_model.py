@@ -106,8 +106,6 @@ def load_folder(folder: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTok
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, **options)
-    except UserError:
-        raise
     except UNREADABLE as error:
         raise UserError(f"{name}: not a causal language model that can be loaded: {error}") from error
     if missing := sorted(loading["missing_keys"]):
