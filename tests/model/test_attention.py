@@ -7,7 +7,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import stages.lib.model.attention as attention
-from stages.lib.model.attention import lean_embedding
+from stages.lib.model.attention import hidden_states, lean_embedding, use_packed_attention
+from stages.lib.model.logps import CompletionLogps
+from stages.lib.model.packing import pack
 from stages.lib.run.errors import UserError
 
 
@@ -61,7 +63,7 @@ def test_a_sequence_sees_what_it_continues_and_no_other(monkeypatch, short, kv_h
         torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
 
 
-def hidden_states(model, autocast: bool):
+def states_and_bytes_kept(model, autocast: bool):
     """Last hidden states of a fixed packed row, and the bytes of activations that backward will need."""
     ids = torch.randint(3, 512, (1, 60), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(40), torch.arange(20)])[None]
@@ -87,7 +89,7 @@ def test_lean_layers_give_the_numbers_of_transformers_own_and_keep_less(tiny_mod
     for lean_forwards in (attention.lean_forwards, lambda model: {}):
         monkeypatch.setattr(attention, "lean_forwards", lean_forwards)
         with attention.use_packed_attention(tiny_model):
-            hidden, kept = hidden_states(tiny_model, autocast)
+            hidden, kept = states_and_bytes_kept(tiny_model, autocast)
             results.append((hidden, kept, torch.autograd.grad(hidden.sin().sum(), list(tiny_model.parameters()))))
         assert not any("forward" in vars(module) for module in tiny_model.modules())  # given back as it was
     (actual, kept, grads), (expected, kept_by_transformers, expected_grads) = results
@@ -128,3 +130,29 @@ def test_an_embedding_that_is_not_tied_stays_dense(tiny_model):
     tiny_model.get_output_embeddings().weight = torch.nn.Parameter(tiny_model.lm_head.weight.detach().clone())
     with lean_embedding(tiny_model):
         assert not tiny_model.get_input_embeddings().sparse
+
+
+TEXTS = [([5, 6, 7], [8, 2]), ([5, 6, 9, 10], [11, 12, 2]), ([5, 6, 7], [13, 2])]
+
+
+@pytest.mark.parametrize("share_prefixes", [False, True])
+def test_hidden_states_of_a_packed_batch_are_those_of_each_text_alone(tiny_model, share_prefixes):
+    decoder = tiny_model.get_decoder()
+    batch = pack(*zip(*TEXTS, strict=True), share_prefixes)
+    with torch.no_grad():
+        alone = [decoder(torch.tensor([prompt + answer])).last_hidden_state[0] for prompt, answer in TEXTS]
+        with use_packed_attention(tiny_model):
+            packed = hidden_states(decoder, batch)
+    expected = torch.cat([x[len(prompt) - 1 : -1] for x, (prompt, _) in zip(alone, TEXTS, strict=True)])
+    torch.testing.assert_close(packed[batch.completion_index], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed[batch.last_index], torch.stack([x[-1] for x in alone]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_packed_batch_under_any_other_attention_is_refused(tiny_model):
+    batch = pack(*zip(*TEXTS, strict=True))
+    with pytest.raises(RuntimeError, match="use_packed_attention"):
+        hidden_states(tiny_model.get_decoder(), batch)
+    with use_packed_attention(tiny_model):
+        hidden_states(tiny_model.get_decoder(), batch)
+    with pytest.raises(RuntimeError, match="use_packed_attention"):  # it ended with the block
+        CompletionLogps(tiny_model)(batch)

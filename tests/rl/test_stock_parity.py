@@ -14,11 +14,10 @@ import torch
 from accelerate import Accelerator
 from transformers import get_scheduler
 
-from stages.lib.model.attention import use_packed_attention
+from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.logps import TokenLogps, read_answers
 from stages.lib.model.packing import pack
 from stages.lib.model.reward import apply_head, backbone_of
-from stages.lib.model.reward import last_hidden_state as hidden_states
 from stages.lib.rl.advantages import gae, whiten
 from stages.lib.rl.critics import SeparateCritic
 from stages.lib.rl.rewards import penalize_unfinished, token_kl, token_rewards

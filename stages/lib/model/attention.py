@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
+from stages.lib.model.packing import PackedBatch
 from stages.lib.run.errors import UserError
 
 SHORT = 512  # tokens; up to here attention is written out on CPUs
@@ -197,6 +198,30 @@ def use_packed_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
         for module in lean:
             del module.forward
+
+
+def hidden_states(backbone: nn.Module, batch: PackedBatch) -> Tensor:
+    """The last hidden state at each of a packed batch's T tokens, with gradient where that is on.
+
+    Args:
+        backbone: a decoder without its output layer, under `use_packed_attention`.
+
+    Returns:
+        (T, H).
+
+    Raises:
+        RuntimeError: packed attention is not switched on. Any other attention swallows `sequence_lengths` and
+            `contexts` without a word, lets texts see each other and gives wrong numbers.
+    """
+    if backbone.config._attn_implementation != "packed":
+        raise RuntimeError("hidden_states of a packed batch need use_packed_attention around the forward pass")
+    return backbone(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        sequence_lengths=batch.sequence_lengths,
+        contexts=batch.contexts,
+    ).last_hidden_state[0]
 
 
 @contextmanager

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from stages.lib.model.attention import lean_embedding, use_packed_attention
+from stages.lib.model.attention import hidden_states, lean_embedding, use_packed_attention
 from stages.lib.model.loading import autocast
 from stages.lib.model.packing import PackedBatch, consecutive_groups, group_by_tokens, pack, shares_prefixes
-from stages.lib.model.reward import last_hidden_state as hidden_states
 from stages.lib.run.errors import UserError
 
 SLICE_ELEMENTS = 2**22  # logits held at a time: 16 MB in fp32, small enough for a CPU's last-level cache
@@ -149,7 +148,11 @@ class CompletionLogps(nn.Module):
         _check_output_layer(model)
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """(S,) summed completion log-probs of the S packed sequences, float32, in nats."""
+        """(S,) summed completion log-probs of the S packed sequences, float32, in nats.
+
+        Raises:
+            RuntimeError: `use_packed_attention` is not switched on.
+        """
         with lean_embedding(self.model):
             hidden = hidden_states(self.model.get_decoder(), batch)
         weight = self.model.get_output_embeddings().weight

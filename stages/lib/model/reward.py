@@ -7,12 +7,12 @@ one function here. The head is applied in fp32: a bf16 score near 4 has steps of
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from stages.lib.model.attention import use_packed_attention
+from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.loading import autocast, disable_dropout_in_model
 from stages.lib.model.packing import group_by_tokens, pack, shares_prefixes
 from stages.lib.run.errors import UserError
@@ -86,21 +86,10 @@ def pooled_features(
         for group in group_by_tokens(lengths, micro_batch_tokens):
             texts = [sequences[i][:-1] for i in group], [sequences[i][-1:] for i in group]
             batch = pack(*texts, shares_prefixes(model.device)).to(model.device)
-            hidden = last_hidden_state(backbone, batch)
+            hidden = hidden_states(backbone, batch)
             features[group] = hidden[batch.last_index].float().cpu()
             bar.update(sum(lengths[i] for i in group))
     return features
-
-
-def last_hidden_state(backbone: nn.Module, batch) -> Tensor:
-    """(T, H) of a packed batch, under `use_packed_attention`."""
-    return backbone(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        sequence_lengths=batch.sequence_lengths,
-        contexts=batch.contexts,
-    ).last_hidden_state[0]
 
 
 @torch.no_grad()

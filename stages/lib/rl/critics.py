@@ -7,11 +7,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
-from stages.lib.model.attention import use_packed_attention
+from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.loading import autocast
 from stages.lib.model.packing import PackedBatch, group_by_tokens, pack, shares_prefixes
 from stages.lib.model.reward import apply_head, backbone_of
-from stages.lib.model.reward import last_hidden_state as hidden_states
 from stages.lib.rl.losses import value_losses
 from stages.lib.rl.rollout import Rollout
 from stages.lib.rl.steps import optimizer_step

@@ -14,13 +14,12 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stages.lib.model.attention import use_packed_attention
+from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.generate import generate
 from stages.lib.model.loading import DTYPES, autocast, cast_linear_layers, freeze, own_memory
 from stages.lib.model.logps import TokenLogps, read_answers
 from stages.lib.model.packing import group_by_tokens, pack, shares_prefixes
 from stages.lib.model.reward import apply_head, backbone_of
-from stages.lib.model.reward import last_hidden_state as hidden_states
 
 
 @dataclass(frozen=True)
