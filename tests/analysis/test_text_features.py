@@ -17,6 +17,10 @@ from stages.lib.analysis import text_features as tf
         ("waving 👋🏽", 1),
         ("family 👨‍👩‍👧‍👦 and flag 🇫🇷🇯🇵", 3),
         ("shrug 🤷‍♀️", 1),
+        ("keycap 1️⃣, and an arrow as a picture ↔️", 2),
+        ("without a selector ❤", 1),
+        ("tick ✓ and star ★ of plain text", 0),
+        ("no such emoji, so two pictures: 🏠‍🌳", 2),
     ],
 )
 def test_count_emoji_counts_pictures_on_the_screen(text, emoji):

@@ -3,19 +3,11 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import emoji
 
 from stages.lib.data.repetition import words_of
-
-# pictographs, symbols and dingbats that render as pictures; not (c), (R), TM, digits or arrows of plain text
-_PICTURE = (
-    "[\U0001f300-\U0001faff\U0001f004\U0001f0cf\U0001f18e\U0001f191-\U0001f19a"
-    "\u2600-\u27bf\u231a\u231b\u23e9-\u23fa\u2b1b\u2b1c\u2b50\u2b55]"
-)
-_MODIFIERS = "[\ufe0f\U0001f3fb-\U0001f3ff]*"
-# one picture on the screen counts once: flags are two letters, families are pictures joined by U+200D
-_EMOJI = re.compile(
-    f"[\U0001f1e6-\U0001f1ff]{{2}}|{_PICTURE}{_MODIFIERS}(?:\u200d[\u2640\u2642{_PICTURE[1:-1]}]{_MODIFIERS})*"
-)
 
 # "as an AI", "I am a language model", "being an artificial intelligence", "as a virtual assistant", ...
 _MACHINE = (
@@ -41,8 +33,17 @@ def count_exclamations(text: str) -> int:
 
 
 def count_emoji(text: str) -> int:
-    """Emoji as seen on the screen: a flag, a skin tone or a joined family counts once."""
-    return len(_EMOJI.findall(text))
+    """Emoji as seen on the screen: a flag, a hand in a skin tone or a family counts once.
+
+    Signs of plain text that Unicode lets be pictures too (c, R and TM in their circles, arrows) count only where
+    a variation selector asks for the picture. Emoji that Unicode does not join are seen, and counted, one by one.
+    """
+    return sum(map(_is_picture, emoji.emoji_list(text)))
+
+
+def _is_picture(found: dict[str, Any]) -> bool:
+    known = emoji.EMOJI_DATA.get(found["emoji"], {})  # a sequence of emoji that Unicode does not list has no entry
+    return known.get("status") != emoji.STATUS["unqualified"] or found["emoji"] >= "\u2600"
 
 
 def count_apostrophes(text: str) -> int:
