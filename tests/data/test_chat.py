@@ -31,6 +31,23 @@ def test_rendering_worked_by_hand(tokenizer):
     assert rendered == {"prompt": PROMPT, "chosen": "Hey!<|im_end|>\n", "rejected": "Good day.<|im_end|>\n"}
 
 
+def test_a_row_of_three_plain_strings_is_rendered_as_its_messages_are(tokenizer, embedded_pairs):
+    assert apply_chat_template(PAIR, tokenizer)["prompt"] == PROMPT
+    for row in embedded_pairs:  # with its topic, as the data set has it
+        assert apply_chat_template(row, tokenizer) == apply_chat_template(
+            to_implicit_prompt_preferences(row), tokenizer
+        )
+
+
+@pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
+def test_texts_beside_messages_are_refused(tokenizer, name):
+    messages = {column: [{"role": "user", "content": text}] for column, text in PAIR.items()}
+    with pytest.raises(ChatError, match="row 7: 'prompt', 'chosen' and 'rejected' must be all texts"):
+        apply_chat_template(messages | {name: PAIR[name], "row": 7}, tokenizer)
+    with pytest.raises(ChatError, match="all texts"):
+        apply_chat_template({"chosen": "a", "rejected": "b"}, tokenizer)
+
+
 def test_prompt_and_chosen_are_the_rendered_conversation(tokenizer):
     example = to_implicit_prompt_preferences(PAIR)
     rendered = apply_chat_template(example, tokenizer)

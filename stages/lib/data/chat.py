@@ -36,19 +36,24 @@ def apply_chat_template(example: dict[str, Any], tokenizer: PreTrainedTokenizerB
     prompt + chosen is exactly the rendered conversation, and so is prompt + rejected.
 
     Args:
-        example: 'chosen' and 'rejected' as messages, the prompt being the turns they share at their start
-            (`to_implicit_prompt_preferences`) or a list of messages of its own under 'prompt'. A 'row', if
-            there is one, names the example in errors.
+        example: 'prompt', 'chosen' and 'rejected' as plain texts; or 'chosen' and 'rejected' as messages, the
+            prompt being the turns they share at their start (`to_implicit_prompt_preferences`) or a list of
+            messages of its own under 'prompt'. A 'row', if there is one, names the example in errors.
 
     Returns:
         'prompt' with the generation header (SmolLM: '<|im_start|>assistant\\n'); 'chosen' and 'rejected',
         the assistant turn after it (SmolLM: ending in '<|im_end|>\\n').
 
     Raises:
-        ChatError: the two share no prompt, or the template does not render the prompt as the conversation's
-            beginning.
+        ChatError: texts and messages are mixed, the two share no prompt, or the template does not render the
+            prompt as the conversation's beginning.
     """
     where = f"row {example['row']}" if "row" in example else "example"
+    texts = [isinstance(example.get(name), str) for name in ("prompt", "chosen", "rejected")]
+    if all(texts):
+        example = to_implicit_prompt_preferences(example)
+    elif any(texts):
+        raise ChatError(f"{where}: 'prompt', 'chosen' and 'rejected' must be all texts or all messages")
     chosen, rejected = example["chosen"], example["rejected"]
     prompt = example.get("prompt")
     if prompt is None:
