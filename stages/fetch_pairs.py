@@ -12,7 +12,7 @@ Run     dvc repro fetch_pairs                               (untracked: python -
 """
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import pyarrow as pa
 from pydantic import Field, model_validator
@@ -34,7 +34,7 @@ from stages.lib.data.pairs import (
 )
 from stages.lib.data.rows import open_source
 from stages.lib.run.artefacts import write_json, write_parquet
-from stages.lib.run.params import Base, Section
+from stages.lib.run.params import Base, OnBadRow, Section
 from stages.lib.run.stage import run_stage
 
 
@@ -47,7 +47,7 @@ class Params(Section):
     unseen_path: str  # columns prompt, response
     eval_prompts: bool  # whether answers are measured on `eval_prompts_path` too, or on held-out prompts alone
     eval_prompts_path: str  # column prompt
-    on_bad_row: Literal["error", "drop"]
+    on_bad_row: OnBadRow
     max_pairs: int | None = Field(ge=2)  # drawn at random; null: all
     holdout_fraction: float = Field(gt=0, lt=1)  # of the distinct prompts
     judge_fraction: float = Field(gt=0, lt=1)  # of the distinct prompts, for the judge alone

@@ -38,7 +38,7 @@ from stages.lib.data.token_tables import (
 )
 from stages.lib.model.loading import load_tokenizer
 from stages.lib.run.artefacts import read_rows, round_floats, write_json, write_parquet
-from stages.lib.run.params import Base, Section, read_params, require
+from stages.lib.run.params import Base, OnBadRow, Section, load_param, require
 from stages.lib.run.stage import run_stage
 
 PAIRS = ("train", "heldout", "judge")
@@ -74,7 +74,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         params.max_prompt_length >= num_header_tokens,
         f"params.yaml: tokenize_pairs.max_prompt_length must hold the {num_header_tokens} tokens before an answer",
     )
-    on_bad_row = read_params(root).get("fetch_pairs", {}).get("on_bad_row")
+    on_bad_row = load_param("fetch_pairs", "on_bad_row", OnBadRow, root)
     pattern = special_token_pattern(tokenizer)
     read = {name: read_rows(root / f"data/pairs/{name}.parquet") for name in SOURCES}
     rows = {

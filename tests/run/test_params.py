@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field, ValidationError, model_validator
 
 from stages.lib.run.errors import UserError
-from stages.lib.run.params import Base, Section, load_params, read_params
+from stages.lib.run.params import Base, Section, load_param, load_params, read_params
 
 
 class Params(Section):
@@ -118,3 +118,15 @@ def test_a_section_is_frozen_and_a_copy_of_it_is_checked(tmp_path):
         params.replace(stepz=4)
     with pytest.raises(ValidationError, match="frozen"):
         params.steps = 4
+
+
+def test_one_value_of_another_section(tmp_path):
+    root = write(tmp_path, GOOD)
+    assert load_param("train", "kind", Literal["a", "b"], root) == "a"
+    assert load_param("train", "limit", int | None, root) is None
+    with pytest.raises(UserError, match="'train.kind' must be 'c', not 'a'"):
+        load_param("train", "kind", Literal["c"], root)
+    with pytest.raises(UserError, match="'train.kinds' is missing"):
+        load_param("train", "kinds", str, root)
+    with pytest.raises(UserError, match="section 'tests' is missing"):
+        load_param("tests", "kind", str, root)

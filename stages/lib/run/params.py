@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from ruamel.yaml import YAML, YAMLError
 
 from stages.lib.run.errors import UserError
@@ -35,6 +35,7 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+OnBadRow = Literal["error", "drop"]  # stop at a row that cannot be used; or leave it out, counted by reason
 
 
 class Base(Section):
@@ -68,9 +69,28 @@ def load_params(section: str, cls: type[S], root: Path = Path(".")) -> S:
     Raises:
         UserError: the section or a key is missing, unknown, of the wrong type, out of bounds or refused by `cls`.
     """
+    return _checked(section, cls, _section(section, root))
+
+
+def load_param(section: str, key: str, kind: Any, root: Path = Path(".")) -> Any:
+    """One value of another stage's section, as that stage types it: `kind` is an annotation such as `int | None`.
+
+    Raises:
+        UserError: the section or the key is missing, or the value is of the wrong type.
+    """
+    one = create_model(section, __base__=Section, **{key: (kind, ...)})
+    values = {name: value for name, value in _section(section, root).items() if name == key}
+    return getattr(_checked(section, one, values), key)
+
+
+def _section(section: str, root: Path) -> dict[str, Any]:
     values = read_params(root).get(section)
     if not isinstance(values, dict):
         raise UserError(f"params.yaml: section '{section}' is missing; see the committed params.yaml")
+    return values
+
+
+def _checked(section: str, cls: type[S], values: dict[str, Any]) -> S:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
