@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -129,5 +130,12 @@ def round_floats(values: Any, digits: int = 6) -> Any:
 
 
 def sha256_of_file(path: Path) -> str:
+    """Read once in a process for as long as the file stays what it is: models are large and asked for often."""
+    found = path.stat()
+    return _sha256(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _sha256(path: Path, *_: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
