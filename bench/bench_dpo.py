@@ -31,7 +31,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.dpo_growth import draw_growth, measure_growth
-from bench.dpo_ours import PARTS, write_token_tables
+from bench.dpo_ours import PARTS, training_params, write_token_tables
 from bench.measure import REPO, circumstances, in_fresh_process, linear_shapes, matmul_limit
 from bench.random_base import smollm2_135m, write_random_base
 from stages.lib.data.chat import apply_chat_template, to_implicit_prompt_preferences, tokenize_row, truncate
@@ -139,11 +139,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Runs all sides in turn; their figures and ratios."""
     device = torch.device(options.device)
     precision = pick_precision("auto", device)
-    params = Params(  # but for the memory dial, DPOConfig's defaults
-        loss="sigmoid", beta=0.1, label_smoothing=0.0, sft_coef=0.0, learning_rate=1e-6, schedule="linear",
-        warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, epochs=1, batch_size=options.batch_size, eval_steps=0,
-        micro_batch_tokens=options.micro_batch_tokens,
-    )  # fmt: skip
+    params = training_params(batch_size=options.batch_size, micro_batch_tokens=options.micro_batch_tokens)
     rows = read_pairs(options.pairs_file, options.pairs + options.batch_size)
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in ("ours", *options.trl)}
     with tempfile.TemporaryDirectory() as folder:

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from bench.dpo_ours import write_token_tables
+from bench.dpo_ours import training_params, write_token_tables
 from bench.measure import in_fresh_process
 from bench.random_base import smollm2_135m, write_random_base
-from stages.train_dpo import Params
 
 TINY = {
     "hidden_size": 64,
@@ -41,11 +40,9 @@ def random_pairs(count: int, length: int, vocab_size: int) -> list[dict[str, lis
 def measure_point(device: str, sizes: dict[str, int], batch_size: int, length: int, steps: int) -> dict[str, Any]:
     """Seconds per step and peak memory of `steps` steps after one to warm up."""
     config = smollm2_135m(**sizes)
-    params = Params(
-        loss="sigmoid", beta=0.1, label_smoothing=0.0, sft_coef=0.0, learning_rate=1e-6, schedule="constant",
-        warmup_steps=0, weight_decay=0.0, max_grad_norm=None, epochs=1, batch_size=batch_size, eval_steps=0,
-        micro_batch_tokens=MICRO_BATCH_TOKENS,
-    )  # fmt: skip
+    params = training_params(
+        schedule="constant", max_grad_norm=None, batch_size=batch_size, micro_batch_tokens=MICRO_BATCH_TOKENS
+    )
     with tempfile.TemporaryDirectory() as folder:
         pairs = random_pairs((steps + 1) * batch_size, length, config.vocab_size)
         write_random_base(Path(folder) / "models/base", config, ["a b"])

@@ -32,6 +32,17 @@ def write_token_tables(root: Path, train: list[dict[str, list[int]]], heldout: l
         write_parquet(root / f"data/tokenized/pairs_{split}.parquet", columns)
 
 
+def training_params(**changes: Any) -> train_dpo.Params:
+    """DPOConfig's defaults but for the memory dial, with `changes`; neither looks nor corrupted copies."""
+    defaults: dict[str, Any] = {
+        "loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "sft_coef": 0.0, "learning_rate": 1e-6,
+        "schedule": "linear", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0, "epochs": 1,
+        "max_steps": None, "hard_negatives": 0.0, "eval_steps": 0, "look_steps": 0, "look_prompts": 1,
+        "response_length": 1, "temperature": 1.0,
+    }  # fmt: skip
+    return train_dpo.Params(**defaults | changes)
+
+
 def watch_precision(stage: Any) -> PrecisionWatch:
     """Watches the model that `stage` will load."""
     watch, load = PrecisionWatch(), stage.load_causal_lm

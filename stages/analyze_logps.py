@@ -23,6 +23,7 @@ from pydantic import Field
 from stages.lib.analysis import rankings
 from stages.lib.analysis.answer import answer
 from stages.lib.analysis.memorisation import change_quantiles, changes, displacement, levels, pair_changes, tidy
+from stages.lib.analysis.names import MODELS
 from stages.lib.analysis.stats import Resampling
 from stages.lib.data.reference import read_reference_logps
 from stages.lib.model.loading import freeze, load_causal_lm, pick_device, pick_precision
@@ -41,7 +42,6 @@ from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_stage
 
 REPORTS = Path("reports/analyze_logps")
-MODELS = ("base", "dpo", "ppo")
 MEASURED = (  # under reports/
     "train_dpo/history.csv",
     "train_dpo/heldout.csv",

@@ -15,10 +15,10 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from stages.lib.analysis.names import MODELS
 from stages.lib.report import numbers, sections
 from stages.lib.report.files import ReportFiles
 from stages.lib.report.page import Page, paragraphs, sections_of, strong
-from stages.lib.report.plots import MODELS
 from stages.lib.report.render import render
 from stages.lib.run.artefacts import atomic_path
 from stages.lib.run.params import Base, Section, read_params

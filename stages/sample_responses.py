@@ -28,6 +28,7 @@ import pyarrow as pa
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stages.lib.analysis.names import MODELS
 from stages.lib.data.chat import text_ids
 from stages.lib.model.generate import Answer, answer_prompts, in_precision
 from stages.lib.model.loading import freeze, load_causal_lm, load_tokenizer, pick_device, pick_precision
@@ -40,7 +41,6 @@ from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_stage
 
 FIRST_PROMPT = "What's your morning routine like?"
-MODELS = ("base", "dpo", "ppo")
 CANDIDATES = 17  # answers of the base to each best-of-n prompt: one more than the largest n, as its opponent
 MICRO_BATCH_TOKENS = 4096
 REPORTS = Path("reports/sample_responses")

@@ -25,6 +25,7 @@ import torch
 from pydantic import ConfigDict, Field
 
 from stages.lib.analysis import frontier
+from stages.lib.analysis.names import MODELS
 from stages.lib.analysis.scorecard import CHOSEN, preferred_ranges, scorecard
 from stages.lib.analysis.stats import Resampling
 from stages.lib.analysis.verdict import Verdict, verdict
@@ -43,8 +44,7 @@ from stages.lib.run.artefacts import (
 from stages.lib.run.params import Base, Section, load_params
 from stages.lib.run.stage import run_stage
 
-MODELS = ("dpo", "ppo")  # the trained ones
-SERIES = {"base": "base", "dpo": "DPO", "ppo": "PPO"}
+TRAINED = ("dpo", "ppo")
 TILES = ("score", "kl", "rep_4", "tokens", "ended", "emoji", "win_rate", "win_rate_lc")
 REPORTS = Path("reports/score_responses")
 
@@ -70,7 +70,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     # 1. all texts under reward model and judge
     answers = pd.concat([read_table(root / "data/answers.parquet"), preferred_answers(root)], ignore_index=True)
     candidates = read_table(root / "data/best_of_n.parquet")
-    courses = {name: read_table(root / f"data/courses/{name}.parquet") for name in MODELS}
+    courses = {name: read_table(root / f"data/courses/{name}.parquet") for name in TRAINED}
     tables = [answers, candidates, *courses.values()]
     scored, tokens = score(root, tables, params.micro_batch_tokens, device, precision)
     answers, candidates, *looks = scored
@@ -82,7 +82,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     rows = round_floats(scorecard(answers, how))
     ranges = preferred_ranges(answers, how)
     card = pd.DataFrame(rows)
-    verdicts = {model: verdict(card, model, ranges) for model in MODELS}
+    verdicts = {model: verdict(card, model, ranges) for model in TRAINED}
 
     # 3. the frontier
     points = frontier_of(answers, to_judge, candidates, courses, how)
@@ -101,7 +101,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     write_json(root / REPORTS / "metrics.json", round_floats(summary(answers, card, ranges, verdicts)))
     print(f"wrote {REPORTS}/scorecard.csv, verdicts.json, frontier.csv, frontier.png, scores.png, metrics.json")
     for model, found in verdicts.items():
-        print(f"{SERIES[model]}: {found.text}")
+        print(f"{MODELS[model]}: {found.text}")
     return {"tokens": tokens, "device": device.type, "precision": precision}
 
 
@@ -114,12 +114,18 @@ def preferred_answers(root: Path) -> pd.DataFrame:
     limit = read_json(root / "reports/sample_responses/metrics.json")["max_new_tokens"]
     tokenizer = load_tokenizer(root / "models/base")
     pairs = read_table(root / "data/tokenized/pairs_heldout.parquet").drop_duplicates("prompt_id")
-    ids = [chosen[:limit] for chosen in pairs["chosen_input_ids"]]
+    eos = tokenizer.eos_token_id
+    ids = [up_to(eos, list(chosen))[:limit] for chosen in pairs["chosen_input_ids"]]
     texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     table = pd.DataFrame({"prompt_id": pairs["prompt_id"], "response_ids": ids, "text": texts})
-    table["ended"] = [each[-1] == tokenizer.eos_token_id for each in ids]
+    table["ended"] = [each[-1] == eos for each in ids]
     table[["logp", "base_logp", "entropy"]] = np.nan
     return table.assign(model=CHOSEN, decoding="data", split="heldout")
+
+
+def up_to(eos: int, ids: list[int]) -> list[int]:
+    """The tokens up to the first EOS; what a template writes after it (a line break) is no part of the answer."""
+    return ids[: ids.index(eos) + 1] if eos in ids else ids
 
 
 def score(
@@ -166,10 +172,10 @@ def frontier_of(
 ) -> list[dict]:
     """The points of the frontier: the models as they are, the courses of training, and the best of n."""
     sampled = answers[answers["decoding"] == "sampled"]
-    own = {model: sampled[sampled["model"] == model] for model in SERIES}
-    points = [frontier.final(SERIES[model], table, own["base"], how) for model, table in own.items()]
+    own = {model: sampled[sampled["model"] == model] for model in MODELS}
+    points = [frontier.final(MODELS[model], table, own["base"], how) for model, table in own.items()]
     for model, looks in courses.items():
-        points += frontier.course(f"{SERIES[model]}'s course", looks, to_judge, how)
+        points += frontier.course(f"{MODELS[model]}'s course", looks, to_judge, how)
     several = candidates.pivot(index="prompt_id", columns="candidate", values=["score", "judge"])
     return points + frontier.best_of_n(several["score"].to_numpy(), several["judge"].to_numpy(), how)
 
@@ -177,7 +183,7 @@ def frontier_of(
 def scores_of(answers: pd.DataFrame) -> pd.DataFrame:
     """Reward-model scores of the sampled answers, a row per prompt, a column per model."""
     sampled = answers[answers["decoding"] == "sampled"]
-    return sampled.pivot(index="prompt_id", columns="model", values="score")[list(SERIES)]
+    return sampled.pivot(index="prompt_id", columns="model", values="score")[list(MODELS)]
 
 
 def summary(

@@ -25,7 +25,6 @@ from accelerate import Accelerator, DistributedType
 from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm import tqdm
-from transformers import get_scheduler
 
 from stages.lib.data.reference import read_reference_logps
 from stages.lib.model.attention import use_packed_attention
@@ -43,6 +42,7 @@ from stages.lib.model.packing import micro_batches_of_process, pack, shares_pref
 from stages.lib.rl.dpo import dpo_losses, implicit_rewards, ipo_losses, sft_losses
 from stages.lib.rl.looks import Course, babbles, habits
 from stages.lib.rl.rollout import Actor
+from stages.lib.rl.steps import learning_rate_schedule
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.checkpoints import Checkpoints
 from stages.lib.run.draws import draw
@@ -63,12 +63,11 @@ class Params(Section):
     weight_decay: float = Field(ge=0)  # decoupled
     max_grad_norm: float | None = Field(gt=0)  # clipping, or none
     epochs: int = Field(gt=0)
-    hard_negatives: float = Field(
-        ge=0, le=1
-    )  # share of training pairs that come with a corrupted copy as a further pair
+    max_steps: int | None = Field(gt=0)  # optimizer steps at most; the schedule ends there
+    hard_negatives: float = Field(ge=0, le=1)  # share of training pairs with a corrupted copy as a further pair
     batch_size: int = Field(gt=0)  # pairs per optimizer step, over all processes
     eval_steps: int = Field(ge=0)  # held-out evaluation every so many steps; 0: only after the last
-    look_steps: int = Field(gt=0)  # steps between looks at sampled answers
+    look_steps: int = Field(ge=0)  # steps between looks at sampled answers; 0: none
     look_prompts: int = Field(gt=0)  # judge prompts answered at every look
     response_length: int = Field(gt=0)  # tokens of these answers, at most
     temperature: float = Field(gt=0)  # of sampling them
@@ -118,14 +117,18 @@ class Pairs:
 def batches_of(num_pairs: int, params: Params, seed: int) -> Iterator[tuple[float, list[int]]]:
     """(epoch after the batch, pair indices) per optimizer step: each epoch a fresh random order from the seed.
 
-    The last batch of an epoch may be smaller; no pair is left out.
+    The last batch of an epoch may be smaller; no pair is left out, unless `max_steps` ends the epoch early.
     """
-    for epoch in range(params.epochs):
-        generator = torch.Generator().manual_seed(seed + epoch)
-        order = torch.randperm(num_pairs, generator=generator).tolist()
-        for start in range(0, num_pairs, params.batch_size):
-            end = min(start + params.batch_size, num_pairs)
-            yield epoch + end / num_pairs, order[start:end]
+
+    def whole_epochs() -> Iterator[tuple[float, list[int]]]:
+        for epoch in range(params.epochs):
+            generator = torch.Generator().manual_seed(seed + epoch)
+            order = torch.randperm(num_pairs, generator=generator).tolist()
+            for start in range(0, num_pairs, params.batch_size):
+                end = min(start + params.batch_size, num_pairs)
+                yield epoch + end / num_pairs, order[start:end]
+
+    return islice(whole_epochs(), params.max_steps)
 
 
 def losses_and_metrics(
@@ -209,9 +212,6 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     set_seed(base.seed)
 
     tokenizer = load_tokenizer(root / "models/base")
-    judged = read_parquet(root / "data/tokenized/prompts_judge.parquet")
-    chosen = draw(len(judged["prompt_id"]), params.look_prompts, base.seed, "look_prompts")
-    look_prompts = [judged["input_ids"][i] for i in chosen]
     train, heldout = (Pairs(root, split, shares_prefixes(accelerator.device)) for split in ("train", "heldout"))
     train_pairs = len(train)
     if params.hard_negatives:
@@ -224,13 +224,17 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         policy.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
     )
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    num_steps = params.epochs * math.ceil(len(train) / params.batch_size)
-    schedule = "constant_with_warmup" if params.schedule == "constant" else params.schedule
-    scheduler = get_scheduler(schedule, optimizer.optimizer, params.warmup_steps, num_steps)
+    batches = list(batches_of(len(train), params, base.seed))
+    num_steps = len(batches)
+    scheduler = learning_rate_schedule(params.schedule, optimizer.optimizer, params.warmup_steps, num_steps)
 
     sharded = accelerator.distributed_type == DistributedType.FSDP
     actor = None  # sharded, each process holds a part of the model, which cannot sample
-    if not sharded:
+    look_prompts: dict[int, list[int]] = {}
+    if params.look_steps and not sharded:
+        judged = read_parquet(root / "data/tokenized/prompts_judge.parquet")
+        drawn = draw(len(judged["prompt_id"]), params.look_prompts, base.seed, "look_prompts")
+        look_prompts = {judged["prompt_id"][i]: judged["input_ids"][i] for i in drawn}
         actor = Actor(
             TokenLogps(model, params.temperature),
             tokenizer,
@@ -244,7 +248,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
             model=model, optimizer=optimizer.optimizer, scheduler=scheduler, scaler=accelerator.scaler
         )
         history: list[dict[str, Any]] = saved.get("history", [])
-        course = Course([judged["prompt_id"][i] for i in chosen], saved.get("course", {}))
+        course = Course(list(look_prompts), saved.get("course", {}))
         looks: list[dict[str, float]] = saved.get("looks", [])
         evaluations: list[dict[str, float]] = saved.get("evaluations", [])
         done = len(history)
@@ -255,13 +259,10 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
                 metrics = run_batch(accelerator, policy, params, heldout, index, train=False)
             evaluations.append({"step": step, **metrics})
 
-        def look(step: int) -> None:
+        def look(step: int, actor: Actor) -> None:
             """What the policy now answers to a few of the judge's prompts."""
-            if actor is None:
-                return
-            pairs_seen = sum(len(index) for _, index in islice(batches_of(len(train), params, base.seed), step))
-            rollout = actor.roll_out(look_prompts, base.seed).gathered(accelerator)
-            course.add(step, pairs_seen, rollout)
+            rollout = actor.roll_out(list(look_prompts.values()), base.seed).gathered(accelerator)
+            course.add(step, sum(len(index) for _, index in batches[:step]), rollout)
             looks.append(habits(rollout.responses, tokenizer))
             if (warning := babbles(looks[-1], looks[0])) and accelerator.is_main_process:
                 tqdm.write(f"train_dpo: warning: step {step}: the policy {warning}")
@@ -269,11 +270,10 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         with tracked("train_dpo", params) as log:
             if not evaluations:
                 evaluate(0)
-                look(0)
-            batches = islice(batches_of(len(train), params, base.seed), done, None)
-            bar = tqdm(
-                batches, "train_dpo", num_steps, initial=done, unit="step", disable=not accelerator.is_main_process
-            )
+                if actor:
+                    look(0, actor)
+            hidden = not accelerator.is_main_process
+            bar = tqdm(batches[done:], "train_dpo", num_steps, initial=done, unit="step", disable=hidden)
             for step, (epoch, index) in enumerate(bar, start=done + 1):
                 # 1. Log-probs of both completions, loss and gradients, summed over micro-batches
                 with use_packed_attention(model):
@@ -296,11 +296,13 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
                         "learning_rate": learning_rate,
                     }
                 )
-                if step == num_steps or step % params.look_steps == 0:
-                    look(step)
-                history[-1] |= {name: looks[-1][name] if looks else None for name in ("rep_4", "ended", "tokens")}
+                seen = {}
+                if actor:
+                    if step == num_steps or step % params.look_steps == 0:
+                        look(step, actor)
+                    history[-1] |= looks[-1]  # of the last look, which is not of every step
+                    seen = {name: f"{looks[-1][name]:.2f}" for name in ("rep_4", "ended")}
                 log(history[-1])
-                seen = {name: f"{looks[-1][name]:.2f}" for name in ("rep_4", "ended")} if looks else {}
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", margin=f"{metrics['rewards/margins']:.2f}", **seen)
                 if step == num_steps or (params.eval_steps and step % params.eval_steps == 0):
                     evaluate(step)
@@ -310,15 +312,18 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
 
         weights = accelerator.get_state_dict(policy)  # by all processes together: FSDP joins its parts
         if accelerator.is_main_process:
-            course.compare_with(
-                root / "models/base", look_prompts, params.temperature, accelerator.device, precision
-            )
+            if actor:
+                prompts = list(look_prompts.values())
+                course.compare_with(
+                    root / "models/base", prompts, params.temperature, accelerator.device, precision
+                )
             course.write(root / "data/courses/dpo.parquet")
             weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
             save_model(model, tokenizer, root / "models/dpo", weights)
             write_reports(root, history, evaluations, train_pairs, len(train) - train_pairs, len(heldout))
 
-    tokens = params.epochs * sum(train.lengths) + len(evaluations) * sum(heldout.lengths)
+    trained = sum(train.lengths[i] for _, index in batches for i in index)
+    tokens = trained + len(evaluations) * sum(heldout.lengths)
     return {
         "tokens": tokens,
         "device": device.type,

@@ -24,7 +24,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm import tqdm
-from transformers import get_scheduler
 
 from stages.lib.model.attention import use_packed_attention
 from stages.lib.model.loading import (
@@ -51,7 +50,7 @@ from stages.lib.rl.rewards import (
     token_rewards,
 )
 from stages.lib.rl.rollout import Actor, FrozenSide, Rollout
-from stages.lib.rl.steps import Collapse, optimizer_step
+from stages.lib.rl.steps import Collapse, learning_rate_schedule, optimizer_step
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.checkpoints import Checkpoints
 from stages.lib.run.draws import draw, shuffled
@@ -165,8 +164,9 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     )
     optimizer = torch.optim.AdamW(policy.parameters(), lr=params.learning_rate, weight_decay=0.0, fused=True)
     wrapped, optimizer = accelerator.prepare(policy, optimizer)
-    schedule = "constant_with_warmup" if params.schedule == "constant" else params.schedule
-    scheduler = get_scheduler(schedule, optimizer.optimizer, params.warmup_updates, params.num_updates)
+    scheduler = learning_rate_schedule(
+        params.schedule, optimizer.optimizer, params.warmup_updates, params.num_updates
+    )
     actor = Actor(policy, tokenizer, accelerator, precision, params.response_length, frozen.micro_batch_tokens)
     phases = Phases(accelerator.device)
 

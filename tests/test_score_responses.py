@@ -77,7 +77,7 @@ def root(tokenizer, tmp_path_factory):
         score = [None if model == "dpo" else 0.0] * len(rows)
         write_parquet(root / f"data/courses/{model}.parquet", columns | {"score": score})
     pairs = {"prompt_id": [0, 1, 2, 3, 4, 4], "row": list(range(6))}
-    chosen = [[*ids(text), tokenizer.eos_token_id] for text in [*WORDS, "another"]]
+    chosen = [[*ids(text), tokenizer.eos_token_id, *ids("\n")] for text in ["I do", *WORDS[1:], "another"]]
     pairs |= {"prompt_input_ids": [prompts[i] for i in pairs["prompt_id"]], "chosen_input_ids": chosen}
     write_parquet(root / "data/tokenized/pairs_heldout.parquet", pairs | {"rejected_input_ids": chosen})
     write_json(root / "reports/sample_responses/metrics.json", {"max_new_tokens": LIMIT})
@@ -129,7 +129,7 @@ def test_preferred_answers_are_cut_where_the_models_are_and_are_one_a_prompt(roo
     assert preferred["prompt_id"].tolist() == [0, 1, 2, 3, 4]
     assert (preferred["response_ids"].map(len) <= LIMIT).all()
     assert preferred["ended"].tolist() == [ids[-1] == tokenizer.eos_token_id for ids in preferred["response_ids"]]
-    assert not preferred["ended"].all()
+    assert not preferred["ended"].all() and preferred["ended"].any()  # a template's line break ends no answer
 
 
 def test_what_it_writes(root, scored, capsys):
@@ -142,7 +142,7 @@ def test_what_it_writes(root, scored, capsys):
     assert all(found["word"] in words and found["reasons"] for found in verdicts.values())
     points = pd.read_csv(root / "reports/score_responses/frontier.csv")
     assert points.groupby("series", sort=False).size().to_dict() == {
-        "base": 1,
+        "Base": 1,
         "DPO": 1,
         "PPO": 1,
         "DPO's course": 3,

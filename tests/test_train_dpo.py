@@ -21,7 +21,7 @@ from trl import DPOConfig, DPOTrainer
 
 from stages import reference_logps, train_dpo
 from stages.lib.data.chat import apply_chat_template, to_implicit_prompt_preferences, tokenize_row
-from stages.lib.run.artefacts import read_json, write_parquet
+from stages.lib.run.artefacts import read_json, read_parquet, write_parquet
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
 from tests.conftest import REPO
@@ -39,6 +39,7 @@ PARAMS = train_dpo.Params(
     weight_decay=0.0,
     max_grad_norm=1.0,
     epochs=1,
+    max_steps=None,
     batch_size=4,
     hard_negatives=0.0,
     eval_steps=10,
@@ -197,6 +198,20 @@ def test_each_epoch_covers_every_pair_once_in_a_new_order():
     first = [i for _, index in batches[:3] for i in index]
     second = [i for _, index in batches[3:] for i in index]
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
+
+
+def test_max_steps_ends_the_epoch_and_the_schedule(project):
+    train_dpo.main(BASE, PARAMS.replace(max_steps=6), project)
+    history = history_of(project)
+    assert [row["step"] for row in history] == [1, 2, 3, 4, 5, 6]
+    assert history[-1]["learning_rate"] == pytest.approx(1e-3 / 6)  # 0 after the last
+
+
+def test_without_looks_nothing_is_sampled_and_no_judge_prompt_read(project):
+    (project / "data/tokenized/prompts_judge.parquet").unlink()
+    train_dpo.main(BASE, PARAMS.replace(look_steps=0), project)
+    assert read_parquet(project / "data/courses/dpo.parquet")["step"] == []
+    assert "rep_4" not in history_of(project)[-1]
 
 
 def test_heldout_evaluations_come_every_eval_steps_and_at_the_end(project):

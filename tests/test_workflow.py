@@ -130,7 +130,7 @@ def test_after_a_changed_beta_only_what_depends_on_it_runs(machine):
         changed = set(YAML(typ="safe").load(dvc(machine, "status", "--json").stdout))
     finally:
         (machine / "params.yaml").write_text(before)
-    assert changed == {"sample_responses", "analyze_logps", "publish_hub", "build_report"}
+    assert changed == {"sample_responses", "score_responses", "analyze_logps", "publish_hub", "build_report"}
 
 
 def processes_of(root: Path, stage: str) -> list[int]:

@@ -133,7 +133,12 @@ def test_the_old_default_is_broken_whatever_the_judge_says(judge):
     assert "greedy answers loop" in found.reasons[0]
 
 
-def test_a_model_that_is_the_base_shows_no_difference_in_95_percent():
+@pytest.mark.parametrize(
+    ("repeats", "errors"),
+    # by chance one in twenty may differ: of 100 repeats more than 11 do so once in two hundred times
+    [(100, 11), pytest.param(600, 30, marks=pytest.mark.slow)],
+)
+def test_a_model_that_is_the_base_shows_no_difference_in_95_percent(repeats, errors):
     """Answers drawn for both from the same recorded ones, with scores of the same distribution."""
     rng = np.random.default_rng(0)
     answers = recorded({"base": 0, "dpo": 0, "chosen": 0})
@@ -141,7 +146,7 @@ def test_a_model_that_is_the_base_shows_no_difference_in_95_percent():
     chosen = answers[answers["model"] == "chosen"]
     how = Resampling(samples=150, confidence=0.95, seed=1)
     ranges = preferred_ranges(chosen, how)
-    repeats, words = 100, []
+    words = []
     for _ in range(repeats):
         parts = []
         for model in ("base", "dpo"):
@@ -151,4 +156,4 @@ def test_a_model_that_is_the_base_shows_no_difference_in_95_percent():
                 noise |= {"logp": rng.normal(-90, 2, 64), "entropy": rng.normal(1.5, 0.3, 64)}
                 parts.append(drawn.assign(model=model, prompt_id=range(64), **noise))
         words.append(verdict(pd.DataFrame(scorecard(pd.concat(parts), how)), "dpo", ranges).word)
-    assert words.count("no difference found") >= 0.95 * repeats, words
+    assert repeats - words.count("no difference found") <= errors, words

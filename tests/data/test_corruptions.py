@@ -35,7 +35,7 @@ def test_any_text_any_kind_seeded_and_never_the_answer_itself(kind, text, prompt
 
 
 def test_other_seeds_give_other_copies():
-    for kind in set(CORRUPTIONS) - {"other_prompt", "spliced", "echo", "reversed"}:
+    for kind in set(CORRUPTIONS) - {"other_prompt", "spliced", "echo", "reversed", "brief"}:
         assert len({corrupt(kind, ANSWER, str(seed)) for seed in range(20)}) > 5, kind
 
 
@@ -111,6 +111,7 @@ def test_the_other_kinds_worked_by_hand():
         *("One two. " * times + "Three four." for times in (3, 4, 5)),
         *("One two. " + "Three four. " * (times - 1) + "Three four." for times in (3, 4, 5)),
     }
+    assert {corrupt("brief", short, str(seed)) for seed in range(20)} == {"One two."}
     # after each group of five to eight words the first two to four again: here the text is one group
     assert {corrupt("refrain", short, str(seed)) for seed in range(40)} == {
         "One two. Three four. One two.",
@@ -123,7 +124,7 @@ def test_a_text_without_spaces_is_spoilt_by_characters():
     answer = Answer("我昨天在公园里看到一只很大的狗,它在追自己的尾巴。", "你好吗?", "今天下雨了,我在家里看书。")
     made = {kind: corrupt(kind, answer, "1") for kind in CORRUPTIONS}
     # one sentence, and no word that could lack a letter
-    assert {kind for kind, text in made.items() if text is None} == {"letters", "reversed"}
+    assert {kind for kind, text in made.items() if text is None} == {"letters", "reversed", "brief"}
     assert Counter(made["shuffle"]) == Counter(answer.text)
     assert answer.text.startswith(made["cut"])
 

@@ -63,7 +63,7 @@ def test_logits_are_those_of_the_model(config, pads, precision, tolerance):
     ids = torch.randint(3, 512, (3, 18), generator=torch.Generator().manual_seed(1))
     cache = Cache(layer_class_to_replicate=RoomyLayer)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    model(input_ids=ids[:, :8], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    model(input_ids=ids[:, :8], attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
     step = LlamaStep(model, cache, mask, block=4)
     positions = positions[:, -1:]
     for length in range(9, 19):

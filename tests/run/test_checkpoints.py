@@ -42,6 +42,7 @@ DPO = train_dpo.Params(
     weight_decay=0.01,
     max_grad_norm=1.0,
     epochs=2,
+    max_steps=None,
     batch_size=4,
     hard_negatives=0.5,
     eval_steps=2,

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
+from stages.lib.analysis.names import RANKER_LABELS
 from stages.lib.analysis.stats import Interval
-from stages.lib.analysis.text_features import RANKER_LABELS
+from stages.lib.analysis.wording import estimate, percent
 
 Estimates = Mapping[str, Interval]
 NO_DIFFERENCE = "no difference found"
@@ -44,20 +45,21 @@ def _memorising(base: Estimates, model: Estimates) -> str:
     told = _verdict(auc, 0.5, "training texts are the likelier ones", "training texts are the less likely ones")
     told_by_change = _verdict(auc_change, 0.5, "training texts gained more", "training texts gained less")
     return (
-        f"Training's chosen answers: {moved} ({_number(change)}). Held-out chosen answers changed by "
-        f"{_number(model['change_heldout_chosen'])} and unseen texts by {_number(model['change_unseen'])}. "
-        f"The difference in differences, training less held-out, is {_number(did)}: {memorised}. "
-        f"A training answer is likelier than a held-out one with probability (AUC) {_share(auc)}, "
-        f"{_share(base['auc_heldout'])} under the base: {told}; by the change alone {_share(auc_change)}: "
+        f"Training's chosen answers: {moved} ({estimate(change, 3, signed=True)}). Held-out chosen answers changed by "
+        f"{estimate(model['change_heldout_chosen'], 3, signed=True)} and unseen texts by "
+        f"{estimate(model['change_unseen'], 3, signed=True)}. "
+        f"The difference in differences, training less held-out, is {estimate(did, 3, signed=True)}: {memorised}. "
+        f"A training answer is likelier than a held-out one with probability (AUC) {estimate(auc)}, "
+        f"{estimate(base['auc_heldout'])} under the base: {told}; by the change alone {estimate(auc_change)}: "
         f"{told_by_change}. Against the unseen texts, which are another kind to begin with, the AUC is "
-        f"{_share(model['auc_unseen'])}, {_share(base['auc_unseen'])} under the base."
+        f"{estimate(model['auc_unseen'])}, {estimate(base['auc_unseen'])} under the base."
     )
 
 
 def _displacement(dpo: Estimates) -> str:
     return (
-        f"The chosen answer itself became less likely in {_percent(dpo['displaced_train'])} of training pairs and "
-        f"{_percent(dpo['displaced_heldout'])} of held-out pairs (likelihood displacement): DPO needs only the "
+        f"The chosen answer itself became less likely in {percent(dpo['displaced_train'])} of training pairs and "
+        f"{percent(dpo['displaced_heldout'])} of held-out pairs (likelihood displacement): DPO needs only the "
         "distance to the rejected answer to grow."
     )
 
@@ -73,11 +75,11 @@ def _rankings(dpo: Estimates, reward_model: Estimates, rankers: Estimates, pairs
         lesson = "clearly less"
     lengths = _verdict(dpo["length_correlation"], 0, "longer answers score higher", "longer answers score lower")
     return (
-        f"Of {pairs} held-out pairs DPO's implicit reward ranks {_percent(accuracies[0])} right and the reward "
-        f"model {_percent(accuracies[1])}. The best single feature, {RANKER_LABELS[name]}, reaches "
-        f"{_percent(best)}: {lesson}. Implicit reward and reward-model score order "
-        f"{_percent(dpo['score_agreement'])} of the pairs alike. The implicit reward's rank correlation with "
-        f"length is {_share(dpo['length_correlation'], sign=True)}: {lengths}."
+        f"Of {pairs} held-out pairs DPO's implicit reward ranks {percent(accuracies[0])} right and the reward "
+        f"model {percent(accuracies[1])}. The best single feature, {RANKER_LABELS[name]}, reaches "
+        f"{percent(best)}: {lesson}. Implicit reward and reward-model score order "
+        f"{percent(dpo['score_agreement'])} of the pairs alike. The implicit reward's rank correlation with "
+        f"length is {estimate(dpo['length_correlation'], 2, signed=True)}: {lengths}."
     )
 
 
@@ -85,21 +87,3 @@ def _verdict(interval: Interval, nothing: float, above: str, below: str) -> str:
     if interval.covers(nothing):
         return NO_DIFFERENCE
     return above if interval.mean > nothing else below
-
-
-def _number(interval: Interval) -> str:
-    return _minus(interval.format(3, sign=True))
-
-
-def _share(interval: Interval, sign: bool = False) -> str:
-    return _minus(interval.format(2, sign))
-
-
-def _percent(interval: Interval) -> str:
-    if interval.low is None or interval.high is None:
-        return f"{100 * interval.mean:.0f} %"
-    return f"{100 * interval.mean:.0f} % [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "−")

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from stages.lib.analysis.measures import values_of
+from stages.lib.analysis.names import MODELS
 from stages.lib.analysis.preference import win_rate, wins
 from stages.lib.analysis.stats import Interval, Resampling, mean_interval
 
@@ -31,7 +32,7 @@ def final(series: str, answers: pd.DataFrame, base: pd.DataFrame, how: Resamplin
     won = win_rate(wins(both["judge"], both["judge_base"]), how.confidence)
     kl = float(values_of(answers, "kl").mean())
     score = mean_interval(answers["score"], None, **vars(how))
-    return row(series, math.nan, kl, score, Interval(0.5, None, None) if series == "base" else won)
+    return row(series, math.nan, kl, score, Interval(0.5, None, None) if series == MODELS["base"] else won)
 
 
 def course(series: str, looks: pd.DataFrame, base: pd.DataFrame, how: Resampling) -> list[dict]:

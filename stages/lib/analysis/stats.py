@@ -35,13 +35,6 @@ class Interval:
         """{name, name_low, name_high}, ready for metrics.json."""
         return {name: self.mean, f"{name}_low": self.low, f"{name}_high": self.high}
 
-    def format(self, digits: int = 2, sign: bool = False) -> str:
-        """'0.71 [0.62, 0.80]', or '0.71 [no interval: one prompt]'."""
-        spec = f"{'+' if sign else ''}.{digits}f"
-        if self.low is None or self.high is None:
-            return f"{self.mean:{spec}} [no interval: one prompt]"
-        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
-
 
 @dataclass(frozen=True)
 class Resampling:

@@ -91,12 +91,3 @@ RANKERS: dict[str, Callable[[str], float]] = {
     "length_in_words": count_words,
     "no_ai_phrase": lambda text: -float(has_ai_phrase(text)),
 }
-
-RANKER_LABELS = {
-    **{name: name.replace("_", " ") for name in RANKERS},
-    "no_ai_phrase": "no “as an AI” phrase",
-    "base_log_prob": "log-prob under base",
-    "dpo": "DPO's implicit reward",
-    "ppo": "PPO's implicit reward",
-    "reward_model": "reward model",
-}

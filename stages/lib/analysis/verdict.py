@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from stages.lib.analysis.stats import Interval
+from stages.lib.analysis.wording import number, percent
 
 BETTER, NO_DIFFERENCE, WORSE, BROKEN = "better", "no difference found", "worse", "broken"
 MAX_REP_4_GAIN = 0.15
@@ -87,22 +88,22 @@ def verdict(scorecard: pd.DataFrame, model: str, ranges: Mapping[str, tuple[floa
     else:
         word = NO_DIFFERENCE
     preferred = (
-        f"the judge prefers its answers to the base's in {_percent(plain)}, in {_percent(at_equal_length)} at "
+        f"the judge prefers its answers to the base's in {percent(plain)}, in {percent(at_equal_length)} at "
         "equal length"
     )
     kl = interval(model, "sampled", "kl", "mean", "low", "high")
-    return Verdict(word, [preferred, f"KL to the base {_number(kl.mean, 1)} nats an answer"])
+    return Verdict(word, [preferred, f"KL to the base {number(kl.mean, 1)} nats an answer"])
 
 
 def _loops(rep_4: Finding) -> str | None:
     if rep_4.change.mean > MAX_REP_4_GAIN and _above(rep_4.change, 0):
-        return f"greedy answers loop (rep-4 {_number(rep_4.now.mean)}, the base's {_number(rep_4.base.mean)})"
+        return f"greedy answers loop (rep-4 {number(rep_4.now.mean)}, the base's {number(rep_4.base.mean)})"
     return None
 
 
 def _collapse(found: Finding, name: str) -> str | None:
     if found.now.mean < COLLAPSED * found.base.mean and _below(found.change, 0):
-        return f"{name} collapsed ({_number(found.now.mean)}, the base's {_number(found.base.mean)})"
+        return f"{name} collapsed ({number(found.now.mean)}, the base's {number(found.base.mean)})"
     return None
 
 
@@ -121,15 +122,15 @@ def _too_few(found: Finding, ends: tuple[float, float], unit: str, digits: int) 
 
 
 def _off_the_data(found: Finding, ends: tuple[float, float], unit: str, digits: int) -> str:
-    now, base, low, high = (_number(value, digits) for value in (found.now.mean, found.base.mean, *ends))
+    now, base, low, high = (number(value, digits) for value in (found.now.mean, found.base.mean, *ends))
     return f"{now} {unit} an answer (the preferred answers' {low} to {high}, the base's {base})"
 
 
 def _overoptimised(score: Finding, won: Interval) -> str | None:
     if _above(score.change, 0) and _below(won, 0.5):
         return (
-            f"overoptimised (the reward model's score up by {_number(score.change.mean)}, the judge's win rate "
-            f"over the base down to {_percent(won)})"
+            f"overoptimised (the reward model's score up by {number(score.change.mean)}, the judge's win rate "
+            f"over the base down to {percent(won)})"
         )
     return None
 
@@ -140,14 +141,3 @@ def _above(interval: Interval, value: float) -> bool:
 
 def _below(interval: Interval, value: float) -> bool:
     return not interval.covers(value) and interval.mean < value
-
-
-def _number(value: float, digits: int = 2) -> str:
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
-def _percent(share: Interval) -> str:
-    """'61 % [55, 67]'"""
-    if share.low is None or share.high is None:
-        return f"{100 * share.mean:.0f} %"
-    return f"{100 * share.mean:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"

@@ -87,6 +87,11 @@ def cut(answer: Answer, random: Random) -> str | None:
     return _join(words[: (n := random.choice(open_ends))], gaps[:n]) if open_ends else None
 
 
+def brief(answer: Answer, random: Random) -> str | None:
+    """Its first sentences, not all of them: whole, but it says less."""
+    return shortened(answer.text, random)
+
+
 def shuffle(answer: Answer, random: Random) -> str | None:
     """All its words in another order."""
     words, gaps = pieces_of(answer.text)
@@ -167,6 +172,7 @@ CORRUPTIONS: dict[str, Corruption] = {
     "emoji": emoji,
     "exclaim": exclaim,
     "cut": cut,
+    "brief": brief,
     "shuffle": shuffle,
     "repeat": repeat,
     "echo": echo,

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from ruamel.yaml import YAML
 
+from stages.lib.analysis.names import MODELS, RANKER_LABELS
 from stages.lib.analysis.stats import Interval
-from stages.lib.analysis.text_features import RANKER_LABELS, RANKERS
+from stages.lib.analysis.text_features import RANKERS
 from stages.lib.report.files import ReportFiles
 from stages.lib.report.numbers import scored
 from stages.lib.report.page import Table
@@ -23,7 +24,6 @@ from stages.lib.run.errors import UserError
 Kind = Literal["dpo", "reward", "ppo"]
 SUFFIXES: dict[Kind, str] = {"dpo": "dpo", "reward": "reward-model", "ppo": "ppo"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-MODELS = ("base", "dpo", "ppo")
 
 
 class CardError(UserError):

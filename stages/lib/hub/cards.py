@@ -6,7 +6,6 @@ prompts, answers and file names come from data and models.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
+from stages.lib.analysis import wording
 from stages.lib.analysis.stats import Interval
 from stages.lib.hub.card_facts import SUFFIXES, CardError, Facts, Kind
-from stages.lib.report.plots import CAPTIONS, STAGE_OF
+from stages.lib.report.plots import STAGE_OF
 from stages.lib.report.untrusted_text import escape_markdown, without_controls
 
 # the Hub's list (https://huggingface.co/docs/hub/repositories-licenses); 'other' would need a name and a text
@@ -50,7 +50,7 @@ class Picture:
 
 def _pictures(**titles: str) -> list[Picture]:
     return [
-        Picture(f"reports/{STAGE_OF.get(name, 'analyze_logps')}/{name}.png", title, CAPTIONS[name])
+        Picture(f"reports/{STAGE_OF.get(name, 'analyze_logps')}/{name}.png", title, wording.CAPTIONS[name])
         for name, title in titles.items()
     ]
 
@@ -193,12 +193,12 @@ def millions(value: int) -> Markup:
 
 def number(value: float | Interval, digits: int = 2, sign: bool = False) -> Markup:
     """'−1.20', or '−1.20 [−1.31, −1.09]' for an interval that has ends."""
-    return _spell(value, lambda x: f"{x:{'+' if sign else ''},.{digits}f}")
+    return Markup(wording.estimate(value, digits, sign))
 
 
 def percent(value: float | Interval, digits: int = 0) -> Markup:
     """'97 %', or '97 % [85, 100]' for an interval that has ends."""
-    return _spell(value, lambda x: f"{100 * x:.{digits}f}", " %")
+    return Markup(wording.percent(value, digits))
 
 
 def times(value: int, one: str, many: str = "") -> Markup:
@@ -216,16 +216,6 @@ def address(value: str) -> Markup:
     if not re.fullmatch(r"[\w./-]+", value, re.ASCII):
         raise CardError(f"{value!r} cannot stand in an address")
     return Markup(value)
-
-
-def _spell(value: float | Interval, spell: Callable[[float], str], unit: str = "") -> Markup:
-    if not isinstance(value, Interval):
-        text = spell(value) + unit
-    elif value.low is None or value.high is None:
-        text = spell(value.mean) + unit
-    else:
-        text = f"{spell(value.mean)}{unit} [{spell(value.low)}, {spell(value.high)}]"
-    return Markup(text.replace("-", "\N{MINUS SIGN}"))
 
 
 def _finalize(value: Any) -> Markup:

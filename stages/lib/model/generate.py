@@ -218,7 +218,7 @@ def _decode(
     last = torch.tensor([-1], device=device)
     if common:
         prefix = torch.tensor([prompts[0][:common]], device=device)
-        model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=last)
+        model(input_ids=prefix, cache=cache, use_cache=True, logits_to_keep=last)
         cache.batch_repeat_interleave(len(rows))
     width = max(map(len, prompts))
     pads = [width - len(prompt) for prompt in prompts]
@@ -237,7 +237,7 @@ def _decode(
                 input_ids=inputs,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 logits_to_keep=last,
             ).logits[:, -1]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from stages.lib.model.attention import hidden_states, lean_embedding, use_packed_attention
 from stages.lib.model.loading import autocast
-from stages.lib.model.packing import PackedBatch, consecutive_groups, group_by_tokens, pack, shares_prefixes
+from stages.lib.model.packing import PackedBatch, consecutive_groups, pack, read_tokens, shares_prefixes
 from stages.lib.run.errors import UserError
 
 SLICE_ELEMENTS = 2**22  # logits held at a time: 16 MB in fp32, small enough for a CPU's last-level cache
@@ -203,20 +203,15 @@ def read_answers(
         (N,) and (N,) float32 on the CPU: answer after answer, in the order given.
     """
     device = policy.model.device
-    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    logps: list[Tensor] = [torch.empty(0)] * len(lengths)
-    entropies: list[Tensor] = [torch.empty(0)] * len(lengths)
-    bar = tqdm(total=sum(lengths), desc=progress, unit="tok", unit_scale=True, disable=progress is None)
+    tokens = sum(map(len, prompts)) + sum(map(len, responses))
+    bar = tqdm(total=tokens, desc=progress, unit="tok", unit_scale=True, disable=progress is None)
+
+    def read(_: list[int], batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        return policy(batch)
+
     with use_packed_attention(policy.model), autocast(device, precision), bar:
-        for rows in group_by_tokens(lengths, micro_batch_tokens):
-            texts = [prompts[i] for i in rows], [responses[i] for i in rows]
-            batch = pack(*texts, shares_prefixes(device)).to(device)
-            sizes = [len(responses[i]) for i in rows]
-            parts = (values.cpu().split(sizes) for values in policy(batch))
-            for i, answer_logps, answer_entropies in zip(rows, *parts, strict=True):
-                logps[i], entropies[i] = answer_logps, answer_entropies
-            bar.update(sum(lengths[i] for i in rows))
-    return torch.cat(logps), torch.cat(entropies)
+        logps, entropies = read_tokens(read, prompts, responses, micro_batch_tokens, device, bar)
+    return logps, entropies
 
 
 @torch.no_grad()

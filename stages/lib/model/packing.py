@@ -1,11 +1,12 @@
 """Padding, collating, packing, and grouping by a token budget."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 
 def pad(tensors: list[Tensor], padding_value: int = 0, padding_side: str = "right") -> Tensor:
@@ -197,6 +198,41 @@ def group_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
             groups.append([index])
             room.append(budget - lengths[index])
     return groups
+
+
+@torch.no_grad()
+def read_tokens(
+    read: Callable[[list[int], PackedBatch], tuple[Tensor, ...]],
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    micro_batch_tokens: int,
+    device: torch.device,
+    bar: tqdm | None = None,
+) -> list[Tensor]:
+    """What a model makes of each response token, in the order given, whatever groups it reads them in.
+
+    Args:
+        read: indices of some texts and these, packed, to K tensors (n, ...): an entry per response token of theirs.
+        prompts, responses: B lists of token ids each.
+        micro_batch_tokens: memory dial: tokens per group.
+        bar: counts the tokens.
+
+    Returns:
+        K tensors (N, ...) on the CPU, answer after answer.
+    """
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    order: list[int] = []
+    found: list[tuple[Tensor, ...]] = []
+    for rows in group_by_tokens(lengths, micro_batch_tokens):
+        texts = [prompts[i] for i in rows], [responses[i] for i in rows]
+        batch = pack(*texts, shares_prefixes(device)).to(device)
+        found.append(tuple(values.cpu() for values in read(rows, batch)))
+        order += rows
+        if bar is not None:
+            bar.update(sum(lengths[i] for i in rows))
+    place_of = {row: place for place, row in enumerate(order)}
+    tables = [torch.cat(parts).split([len(responses[i]) for i in order]) for parts in zip(*found, strict=True)]
+    return [torch.cat([table[place_of[i]] for i in range(len(order))]) for table in tables]
 
 
 def consecutive_groups(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -1,9 +1,8 @@
 """Answers of several models side by side, as Markdown. Prompts and answers are untrusted text."""
 
+from stages.lib.analysis.names import MODELS
 from stages.lib.model.generate import Answer
 from stages.lib.report.untrusted_text import escape_markdown
-
-LABELS = {"base": "base", "dpo": "DPO", "ppo": "PPO"}
 
 
 def gallery_entries(prompts: list[dict], answers: dict[tuple[str, str], list[Answer]]) -> list[dict]:
@@ -35,7 +34,7 @@ def side_by_side(samples: list[dict]) -> str:
         rows = [
             f"## {number}. {escape_markdown(sample['prompt'])}",
             "",
-            "| | " + " | ".join(LABELS.get(str(model), str(model)) for model in models) + " |",
+            "| | " + " | ".join(MODELS.get(str(model), str(model)) for model in models) + " |",
             "|---|" + "---|" * len(models),
         ]
         for decoding in sample["answers"][models[0]]:

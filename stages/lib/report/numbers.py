@@ -1,10 +1,10 @@
 """The report's key numbers: each with its interval, beside what it has to beat."""
 
+from stages.lib.analysis.names import MODELS, RANKER_LABELS
 from stages.lib.analysis.stats import Interval
-from stages.lib.analysis.text_features import RANKER_LABELS
+from stages.lib.analysis.wording import ends, number
 from stages.lib.report.files import ReportFiles
-from stages.lib.report.page import Estimate, Forest, Scale, Tile, percentage_ends, percentages, spell
-from stages.lib.report.plots import MODELS
+from stages.lib.report.page import Estimate, Forest, Scale, Tile, percentages
 from stages.lib.run.errors import UserError
 
 SHARE = Scale(0, 1, reference=0.5)
@@ -24,23 +24,23 @@ def tiles(files: ReportFiles) -> list[Tile]:
     return [
         Tile(
             "Held-out pairs that DPO ranks right",
-            f"{spell(100 * dpo.mean, 0)}\N{NO-BREAK SPACE}%",
-            percentage_ends(dpo),
+            percentages(dpo.mean),
+            ends(dpo, 0, scale=100),
             f"Reward model {percentages(reward_model)}. With no training at all, {best.label}: "
             f"{percentages(best.interval)}.",
         ),
         Tile(
             "Memorised by DPO (nats per token)",
-            spell(did.mean, 3, signed=True),
+            number(did.mean, 3, signed=True),
             CHANGE.ends(did),
             f"Gain of training texts less that of held-out ones: {verdict(did, more, less)}. "
             f"PPO: {CHANGE.show(ppo_did)}, {verdict(ppo_did, more, less)}.",
         ),
         Tile(
             "Score gained by PPO",
-            spell(gain.mean, signed=True),
+            number(gain.mean, signed=True),
             SCORE_CHANGE.ends(gain),
-            f"From the base's {spell(before)} to {spell(after)}, at a KL of {spell(kl.mean)} nats per answer: "
+            f"From the base's {number(before)} to {number(after)}, at a KL of {number(kl.mean)} nats per answer: "
             f"{verdict(gain, 'answers score higher', 'answers score lower')}.",
         ),
     ]

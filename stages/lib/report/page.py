@@ -9,6 +9,7 @@ from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
 
 from stages.lib.analysis.stats import Interval
+from stages.lib.analysis.wording import ends, estimate, number, percent
 from stages.lib.report.charts import Picture
 
 
@@ -43,17 +44,13 @@ class Scale:
         return round(100 * min(1.0, max(0.0, share)), 2)
 
     def show(self, interval: Interval) -> str:
-        return f"{spell(interval.mean, self.digits, self.signed)} {self.ends(interval)}".strip()
+        return estimate(interval, self.digits, self.signed)
 
     def ends(self, interval: Interval) -> str:
-        """'[0.62, 0.80]', or nothing where there is no interval."""
-        if interval.low is None or interval.high is None:
-            return ""
-        ends = (spell(end, self.digits, self.signed) for end in (interval.low, interval.high))
-        return f"[{', '.join(ends)}]"
+        return ends(interval, self.digits, self.signed)
 
     def tick(self, value: float) -> str:
-        return spell(float(f"{value:.10g}"), None, self.signed)
+        return number(float(f"{value:.10g}"), None, self.signed)
 
 
 @dataclass(frozen=True)
@@ -152,23 +149,9 @@ def strong(text: str) -> Markup:
     return Markup("<strong>{}</strong>").format(text)
 
 
-def spell(value: float, digits: int | None = 2, signed: bool = False) -> str:
-    """A number with a real minus sign; `digits` after the point, or as many as it needs."""
-    text = f"{abs(value):,.{digits}f}" if digits is not None else f"{abs(value):,g}"
-    zero = float(text.replace(",", "")) == 0
-    return ("" if zero or (value > 0 and not signed) else "+" if value > 0 else "\N{MINUS SIGN}") + text
-
-
-def percentages(share: Interval, digits: int = 0) -> str:
-    """'97 % [85, 99]', with a space that does not break before the sign."""
-    return f"{spell(100 * share.mean, digits)}\N{NO-BREAK SPACE}% {percentage_ends(share, digits)}".strip()
-
-
-def percentage_ends(share: Interval, digits: int = 0) -> str:
-    """'[85, 99]', or nothing where there is no interval."""
-    if share.low is None or share.high is None:
-        return ""
-    return f"[{spell(100 * share.low, digits)}, {spell(100 * share.high, digits)}]"
+def percentages(share: float | Interval, digits: int = 0) -> str:
+    """As `percent`, with a space that does not break before the sign."""
+    return percent(share, digits).replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def spell_seconds(seconds: float) -> str:

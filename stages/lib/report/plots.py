@@ -18,37 +18,18 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.typing import RcKeyType
 from scipy.stats import gaussian_kde
 
+from stages.lib.analysis.names import MODELS, RANKER_LABELS
 from stages.lib.analysis.stats import Interval
-from stages.lib.analysis.text_features import RANKER_LABELS
+from stages.lib.analysis.wording import CAPTIONS, number
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#5f6b7a"
 INK = "#1f2933"
-MODELS = {"base": "Base", "dpo": "DPO", "ppo": "PPO"}
 GROUPS = {  # colour says whether it was trained on, the line which answer it is
     "train_chosen": ("training, chosen", BLUE, "-"),
     "train_rejected": ("training, rejected", BLUE, "--"),
     "heldout_chosen": ("held-out, chosen", ORANGE, "-"),
     "heldout_rejected": ("held-out, rejected", ORANGE, "--"),
     "unseen": ("unseen, another kind", GREEN, "-."),
-}
-CAPTIONS = {
-    "densities": "Look for a gap between training (blue) and held-out (orange) of the same line style that was "
-    "not there under the base: that would be memorising. Both moving together is a change of style.",
-    "ecdf": "Each text against itself under the base. Right of the dotted line it became more likely. Where blue "
-    "lies right of orange, training raised its own texts more than others like them.",
-    "displacement": "One point per pair. Above the diagonal the implicit reward ranks the pair right. Lower left: "
-    "both answers became less likely, the chosen one included (likelihood displacement).",
-    "rankers": "Share of held-out pairs whose chosen answer comes first; bars are confidence intervals, the "
-    "dotted line is chance. A trained ranker that does no better than counting has shown style, not more.",
-    "margins": "Held-out pairs follow the training batches as long as what is learnt carries over. A gap that "
-    "widens is overfitting.",
-    "scores": "Left: the further apart, the surer the reward model. Right: the same prompts answered by each "
-    "model; a shift to the right is what PPO was trained for. A tick below is one answer.",
-    "frontier": "Up is better, right is further from the base; a course runs as training goes on. A score that "
-    "rises while the win rate does not is the reward model deceived; the judge took no part in training. "
-    "Bars are confidence intervals. Best of n: what the reward model likes most among n of the base's answers.",
-    "score_kl": "Up is a higher score, right is further from the start of training. Score that grows only with KL "
-    "is bought with drift; a falling score at high KL is over-optimisation.",
 }
 STAGE_OF = {"scores": "score_responses", "frontier": "score_responses"}  # who draws it; else analyze_logps
 STYLE: dict[RcKeyType, Any] = {
@@ -212,7 +193,7 @@ def frontier(points: pd.DataFrame) -> bytes:
         "best of n": (PURPLE, "s", ":"),
         "DPO's course": (ORANGE, "^", "--"),
         "PPO's course": (GREEN, "o", "-"),
-        "base": (GREY, "D", "None"),
+        MODELS["base"]: (GREY, "D", "None"),
         "DPO": (ORANGE, "D", "None"),
         "PPO": (GREEN, "D", "None"),
     }
@@ -233,7 +214,7 @@ def frontier(points: pd.DataFrame) -> bytes:
                     markersize=9 if finished else 5,
                     markeredgecolor="white" if finished else colour,
                     alpha=1 if finished else 0.75,
-                    label=f"{series}, as evaluated" if finished and series != "base" else series,
+                    label=f"{series}, as evaluated" if finished and series != MODELS["base"] else series,
                     zorder=3 if finished else 2,
                 )
                 ends = part[[f"{measure}_low", f"{measure}_high"]].to_numpy(float)
@@ -286,9 +267,7 @@ def scores(pairs: pd.DataFrame, answers: pd.DataFrame) -> bytes:
             for (column, name, colour), line, row in zip(series, ("-", "--", "-."), range(3), strict=False):
                 values = table[column].to_numpy()
                 curve = _density(values, grid)
-                axes.plot(
-                    grid, curve, line, color=colour, label=f"{name}, mean {values.mean():.2f}".replace("-", "−")
-                )
+                axes.plot(grid, curve, line, color=colour, label=f"{name}, mean {number(values.mean())}")
                 axes.fill_between(grid, curve, color=colour, alpha=0.13, linewidth=0)
                 # every score as a tick below the axis' zero, so that few texts do not look like many
                 axes.plot(

@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from stages.lib.analysis.names import MODELS
+from stages.lib.analysis.wording import CAPTIONS, estimate
 from stages.lib.report.charts import Picture, Points, curves, picture
 from stages.lib.report.files import ReportFiles
-from stages.lib.report.page import Answer, Sample, Scale, Table, Tile, percentages, spell_seconds
-from stages.lib.report.plots import CAPTIONS, MODELS, STAGE_OF
+from stages.lib.report.page import Answer, Sample, Table, Tile, percentages, spell_seconds
+from stages.lib.report.plots import STAGE_OF
 from stages.lib.run.errors import UserError
 
 DATA_STAGES = ("fetch_base", "fetch_pairs", "corrupt_answers", "tokenize_pairs", "reference_logps")
@@ -222,7 +224,7 @@ def scorecard(files: ReportFiles, mark_change: Callable[[str], str] | None = Non
             if interval is None:
                 cells.append(NONE)
                 continue
-            cell = percentages(interval, digits) if as_percentage else Scale(0, 1, None, digits).show(interval)
+            cell = percentages(interval, digits) if as_percentage else estimate(interval, digits)
             change = files.scored(model, measure, how, change=True)
             if mark_change and change is not None and not change.covers(0):
                 cell = mark_change(cell)

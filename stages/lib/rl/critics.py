@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.loading import autocast
-from stages.lib.model.packing import PackedBatch, group_by_tokens, pack, shares_prefixes
+from stages.lib.model.packing import PackedBatch, read_tokens
 from stages.lib.model.reward import apply_head, backbone_of
 from stages.lib.rl.losses import value_losses
 from stages.lib.rl.rollout import Rollout
@@ -127,18 +127,14 @@ class SeparateCritic:
         """The unit of the scores, in which the values are."""
         self.head.score_mean, self.head.score_std = score_mean, score_std
 
-    @torch.no_grad()
     def values(self, rollout: Rollout, features: Tensor) -> Tensor:
-        device = self.accelerator.device
-        values: list[Tensor] = [torch.empty(0)] * len(rollout.prompts)
-        lengths = [len(p) + len(r) for p, r in zip(rollout.prompts, rollout.responses, strict=True)]
+        texts, device = (rollout.prompts, rollout.responses), self.accelerator.device
+
+        def read(_: list[int], batch: PackedBatch) -> tuple[Tensor]:
+            return (self.head(batch),)
+
         with use_packed_attention(backbone_of(self.head.model)), autocast(device, self.precision):
-            for rows in group_by_tokens(lengths, self.micro_batch_tokens):
-                texts = [rollout.prompts[i] for i in rows], [rollout.responses[i] for i in rows]
-                flat = self.head(pack(*texts, shares_prefixes(device)).to(device)).cpu()
-                for i, part in zip(rows, flat.split([len(rollout.responses[i]) for i in rows]), strict=True):
-                    values[i] = part
-        return torch.cat(values)
+            return read_tokens(read, *texts, self.micro_batch_tokens, device)[0]
 
     def learn(
         self, rollout: Rollout, returns: Tensor, share: Rollout, features: Tensor, steps: list[list[int]]

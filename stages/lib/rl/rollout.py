@@ -18,7 +18,7 @@ from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.generate import generate
 from stages.lib.model.loading import DTYPES, autocast, cast_linear_layers, freeze, own_memory
 from stages.lib.model.logps import TokenLogps, read_answers
-from stages.lib.model.packing import group_by_tokens, pack, shares_prefixes
+from stages.lib.model.packing import PackedBatch, read_tokens
 from stages.lib.model.reward import apply_head, backbone_of
 
 
@@ -182,40 +182,32 @@ class FrozenSide:
             The rollout, and (N, H) float32 features: the reference's hidden state before each response token.
         """
         closed = [self.closed(response) for response in rollout.responses]
-        ref_logps: list[Tensor] = [torch.empty(0)] * len(closed)
-        features: list[Tensor] = [torch.empty(0)] * len(closed)
         scores = torch.empty(len(closed))
-        decoder = self.reference.get_decoder()
 
-        def read(rows: list[int], batch, hidden: Tensor) -> None:
-            before = hidden[batch.completion_index]
-            logps, _ = self.policy_like.of_hidden(before, batch.labels)
-            lengths = [len(closed[i]) for i in rows]
-            flat = zip(rows, logps.cpu().split(lengths), before.float().cpu().split(lengths), strict=True)
-            for i, answer_logps, states in flat:  # an EOS added for scoring is not the policy's
-                kept = len(rollout.responses[i])
-                ref_logps[i], features[i] = answer_logps[:kept], states[:kept]
-
-        def score(rows: list[int], batch, hidden: Tensor) -> None:
+        def score(rows: list[int], batch: PackedBatch, hidden: Tensor) -> tuple[()]:
             scores[rows] = apply_head(self.reward_model, hidden[batch.last_index]).cpu()
+            return ()
 
-        if self.shares_backbone:
-            self._pass(decoder, rollout.prompts, closed, read, score)
-        else:
-            self._pass(decoder, rollout.prompts, closed, read)
-            self._pass(backbone_of(self.reward_model), rollout.prompts, closed, score)
-        return replace(rollout, ref_logps=torch.cat(ref_logps), raw_scores=scores), torch.cat(features)
+        def read(rows: list[int], batch: PackedBatch) -> tuple[Tensor, Tensor]:
+            hidden = hidden_states(self.reference.get_decoder(), batch)
+            if self.shares_backbone:
+                score(rows, batch, hidden)
+            before = hidden[batch.completion_index]
+            return self.policy_like.of_hidden(before, batch.labels)[0], before.float()
 
-    def _pass(self, backbone: PreTrainedModel, prompts: list, responses: list, *readers: Callable) -> None:
-        device = backbone.device
-        lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-        with use_packed_attention(backbone), autocast(device, self.precision):
-            for rows in group_by_tokens(lengths, self.micro_batch_tokens):
-                texts = [prompts[i] for i in rows], [responses[i] for i in rows]
-                batch = pack(*texts, shares_prefixes(device)).to(device)
-                hidden = hidden_states(backbone, batch)
-                for reader in readers:
-                    reader(rows, batch, hidden)
+        def read_again(rows: list[int], batch: PackedBatch) -> tuple[()]:
+            return score(rows, batch, hidden_states(backbone_of(self.reward_model), batch))
+
+        ref_logps, features = self._pass(read, self.reference, rollout.prompts, closed)
+        if not self.shares_backbone:
+            self._pass(read_again, self.reward_model, rollout.prompts, closed)
+        # an EOS that was added for the score is not the policy's
+        own = torch.cat([torch.arange(len(c)) < len(r) for c, r in zip(closed, rollout.responses, strict=True)])
+        return replace(rollout, ref_logps=ref_logps[own], raw_scores=scores), features[own]
+
+    def _pass(self, read: Callable, model: PreTrainedModel, prompts: list, responses: list) -> list[Tensor]:
+        with use_packed_attention(model), autocast(model.device, self.precision):
+            return read_tokens(read, prompts, responses, self.micro_batch_tokens, model.device)
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:

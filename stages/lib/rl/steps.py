@@ -1,4 +1,4 @@
-"""One optimizer step on a mini-batch of answers, in micro-batches and over any number of processes."""
+"""Learning rates, and one optimizer step on some answers, in micro-batches and over any number of processes."""
 
 import math
 from collections.abc import Callable
@@ -8,6 +8,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import get_scheduler
 
 from stages.lib.model.packing import micro_batches_of_process, pack, shares_prefixes
 from stages.lib.rl.rollout import Rollout
@@ -18,6 +20,15 @@ Losses = Callable[[Tensor | tuple[Tensor, ...], Tensor], tuple[Tensor, dict[str,
 
 class Collapse(RuntimeError):
     """The policy is lost: its KL, its entropy or a number that is not finite says so."""
+
+
+def learning_rate_schedule(
+    name: str, optimizer: Optimizer, warmup_steps: int, num_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Constant, linear (to 0) or cosine (to 0) after a linear warm-up from 0."""
+    return get_scheduler(
+        "constant_with_warmup" if name == "constant" else name, optimizer, warmup_steps, num_steps
+    )
 
 
 def optimizer_step(

@@ -56,7 +56,7 @@ def modules_imported_by(file: Path) -> set[str]:
 
 def with_code_deps(pipeline: str, root: Path = PROJECT) -> str:
     """The text of dvc.yaml with the code deps each stage ought to have, after its data deps; comments stay."""
-    yaml = YAML()
+    yaml = YAML(typ="rt")  # keeps comments, and constructs no objects
     yaml.preserve_quotes = True
     yaml.width = 1000  # never break a line
     content = yaml.load(pipeline)

@@ -78,7 +78,8 @@ def load_param(section: str, key: str, kind: Any, root: Path = Path(".")) -> Any
     Raises:
         UserError: the section or the key is missing, or the value is of the wrong type.
     """
-    one = create_model(section, __base__=Section, **{key: (kind, ...)})
+    field: dict[str, Any] = {key: (kind, ...)}
+    one = create_model(section, __base__=Section, **field)
     values = {name: value for name, value in _section(section, root).items() if name == key}
     return getattr(_checked(section, one, values), key)
 
