@@ -2,7 +2,7 @@
 
 Reads   data/pairs/{train,heldout,judge}.parquet
 Writes  data/corrupted/{train,heldout,judge}.parquet    row, prompt_id, kind, prompt, chosen, rejected (the copy);
-                                                        train_kinds, both sides' kinds, judge_kinds
+                                                        train_kinds and short pairs, both sides', judge_kinds
         data/corrupted/negatives.parquet                the same; one copy a training pair, for DPO
         data/corrupted/judge_short.parquet              the same; the judge's, with short whole answers
         reports/corrupt_answers/metrics.json            copies made and left out, by table and kind
@@ -11,12 +11,13 @@ Writes  data/corrupted/{train,heldout,judge}.parquet    row, prompt_id, kind, pr
 Run     dvc repro corrupt_answers                       (untracked: python -m stages.corrupt_answers)
 
 A copy is left out where a text cannot be spoilt in the way of its kind (one sentence cannot change its order).
-Short whole answers keep the judge from taking length for quality: a chosen answer's first sentences beat its
-rejected answer whole and its rejected answer's first sentences, and the whole one beats those too.
+Short whole answers keep a preference model from taking length for quality. The reward model learns that a chosen
+answer's first sentences beat its rejected answer's, the judge also that they beat the rejected one whole, and that
+the whole one beats the rejected one's first sentences.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, Self
@@ -100,8 +101,21 @@ def one_copy_each(
         yield from copies[:1]
 
 
+def shortened_answers(answers: dict[int, Answer], seed: int) -> dict[int, Answer]:
+    """Those that can be shortened to their first sentences, so shortened."""
+    short = {}
+    for number, answer in answers.items():
+        if (text := shortened(answer.text, Random(f"chosen {seed} {number}"))) is not None:
+            short[number] = answer._replace(text=text)
+    return short
+
+
 def short_pairs(
-    rows: list[Row], short: dict[int, Answer], seed: int, counts: Counter[tuple[str, str]]
+    rows: list[Row],
+    short: dict[int, Answer],
+    seed: int,
+    counts: Counter[tuple[str, str]],
+    kinds: Sequence[str] = ("short_chosen", "short_rejected", "short_both"),
 ) -> Iterator[Row]:
     """Short chosen answers against rejected ones, whole and short, and whole ones against short rejected ones."""
     for row in rows:
@@ -111,7 +125,8 @@ def short_pairs(
             "short_rejected": (row["chosen"], bad),
             "short_both": (good and good.text, bad),
         }
-        for kind, (chosen, rejected) in sides.items():
+        for kind in kinds:
+            chosen, rejected = sides[kind]
             made = chosen is not None and rejected is not None and chosen.split() != rejected.split()
             counts[kind, "made" if made else "left_out"] += 1
             if made:
@@ -121,11 +136,8 @@ def short_pairs(
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     rows = {split: read_rows(root / f"data/pairs/{split}.parquet") for split in ("train", "heldout", "judge")}
     answers = {split: answers_of(rows[split], base.seed) for split in rows}
-    short = {}
-    for number, answer in answers["judge"].items():
-        if (text := shortened(answer.text, Random(f"chosen {base.seed} {number}"))) is not None:
-            short[number] = answer._replace(text=text)
-    shortened_rows = [row for row in rows["judge"] if row["row"] in short]
+    short = {split: shortened_answers(answers[split], base.seed) for split in rows}
+    shortened_rows = [row for row in rows["judge"] if row["row"] in short["judge"]]
     every_kind = list(dict.fromkeys(params.train_kinds + params.judge_kinds))
 
     counts: dict[str, Counter[tuple[str, str]]] = {}
@@ -140,13 +152,15 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     def counted(name: str) -> tuple[int, Counter[tuple[str, str]]]:
         return base.seed, counts.setdefault(name, Counter())
 
-    for split, kinds in (("train", params.train_kinds), ("heldout", every_kind), ("judge", params.judge_kinds)):
-        write(split, copies_of(rows[split], answers[split], kinds, *counted(split)))
+    for split, kinds in (("train", params.train_kinds), ("heldout", every_kind)):
+        both_short = short_pairs(rows[split], short[split], *counted(split), ["short_both"])
+        write(split, copies_of(rows[split], answers[split], kinds, *counted(split)), both_short)
+    write("judge", copies_of(rows["judge"], answers["judge"], params.judge_kinds, *counted("judge")))
     write("negatives", one_copy_each(rows["train"], answers["train"], params.dpo_kinds, *counted("negatives")))
     write(
         "judge_short",
-        short_pairs(rows["judge"], short, *counted("judge_short")),
-        copies_of(shortened_rows, short, params.judge_kinds, *counted("judge_short")),
+        short_pairs(rows["judge"], short["judge"], *counted("judge_short")),
+        copies_of(shortened_rows, short["judge"], params.judge_kinds, *counted("judge_short")),
     )
 
     metrics = {

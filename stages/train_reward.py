@@ -33,6 +33,7 @@ from stages.lib.run.checkpoints import Checkpoints
 from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_stage
 
+SIDES = ("chosen", "rejected")
 PAIR_REPEATS = 2  # of every pair among its hard negatives, of which each kind stands once
 CHUNK = 128  # texts between two chances to save their features
 HISTORY = ["loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"]  # TRL 1.16's own names
@@ -94,27 +95,27 @@ def features_of(
 ) -> dict[str, Dataset]:
     """The pairs of each table with chosen_features and rejected_features (H,) beside their ids.
 
-    The chosen answers of corrupted copies are those of the pairs they are copies of, and are read once.
+    Every different text is read once: a chosen answer is that of its pair and of all copies that lose to it.
     """
-    features: dict[str, Tensor] = checkpoints.load()
+    texts: dict[tuple[int, ...], int] = {}
+    places = {
+        (split, side): [texts.setdefault(tuple(ids), len(texts)) for ids in pairs[f"{side}_ids"]]
+        for split, pairs in columns.items()
+        for side in SIDES
+    }
+    different = [list(ids) for ids in texts]
+    features = checkpoints.load().get("features", torch.empty(0, model.config.hidden_size))
+    starts = range(len(features), len(different), CHUNK)
+    for start in tqdm(starts, "features", unit=f"{CHUNK} texts", disable=not starts):
+        chunk = different[start : start + CHUNK]
+        chunk = pooled_features(model, chunk, params.micro_batch_tokens, precision)
+        features = torch.cat([features, chunk])
+        checkpoints.save_if_due(features=features)
     datasets = {}
     for split, pairs in columns.items():
-        dataset = {}
-        for side in ("chosen", "rejected"):
-            name, ids = f"{split} {side}", pairs[f"{side}_ids"]
-            if side == "chosen" and split.startswith(CORRUPTED):
-                places = {row: i for i, row in enumerate(columns[split.removeprefix(CORRUPTED)]["row"])}
-                own = features[name.removeprefix(CORRUPTED)][[places[row] for row in pairs["row"]]]
-                dataset |= {"chosen_ids": ids, "chosen_features": own.numpy()}
-                continue
-            done = features.setdefault(name, torch.empty(0, model.config.hidden_size))
-            starts = range(len(done), len(ids), CHUNK)
-            for start in tqdm(starts, f"{name} features", unit=f"{CHUNK} texts", disable=not starts):
-                chunk = pooled_features(model, ids[start : start + CHUNK], params.micro_batch_tokens, precision)
-                features[name] = torch.cat([features[name], chunk])
-                checkpoints.save_if_due(**features)
-            dataset |= {f"{side}_ids": ids, f"{side}_features": features[name].numpy()}
-        datasets[split] = Dataset.from_dict(dataset).with_format("torch")
+        ids = {f"{side}_ids": pairs[f"{side}_ids"] for side in SIDES}
+        read = {f"{side}_features": features[places[split, side]].numpy() for side in SIDES}
+        datasets[split] = Dataset.from_dict(ids | read).with_format("torch")
     return datasets
 
 

@@ -45,8 +45,9 @@ def test_every_split_gets_its_kinds(tmp_path, embedded_pairs):
     main(BASE, PARAMS, embedded(tmp_path, embedded_pairs))
     tables, metrics = tables_of(tmp_path)
     assert list(tables["train"][0]) == ["row", "prompt_id", "kind", "prompt", "chosen", "rejected"]
-    assert [row["kind"] for row in tables["train"]] == ["loop", "cut", "other_prompt"] * 12
-    assert [row["kind"] for row in tables["heldout"]] == ["loop", "cut", "other_prompt", "emoji"] * 4
+    assert [row["kind"] for row in tables["train"]] == ["loop", "cut", "other_prompt"] * 12 + ["short_both"] * 12
+    heldout_kinds = [row["kind"] for row in tables["heldout"]]
+    assert heldout_kinds == ["loop", "cut", "other_prompt", "emoji"] * 4 + ["short_both"] * 4
     assert [row["kind"] for row in tables["judge"]] == ["emoji", "cut"] * 6
     assert [row["row"] for row in tables["negatives"]] == list(range(1, 13))
     assert {row["kind"] for row in tables["negatives"]} == {"loop", "reversed"}
@@ -69,6 +70,17 @@ def test_the_judges_short_answers_are_whole_and_on_both_sides(tmp_path, embedded
             else:
                 assert original[side].startswith(row[side]) and len(row[side]) < len(original[side])
                 assert row[side][-1] in '.!?"' or not row[side][-1].isalnum()
+
+
+def test_the_reward_model_learns_that_a_short_good_answer_beats_a_short_bad_one(tmp_path, embedded_pairs):
+    main(BASE, PARAMS, embedded(tmp_path, embedded_pairs))
+    originals = {row["row"]: row for row in read_rows(tmp_path / "data/pairs/train.parquet")}
+    short = [row for row in tables_of(tmp_path)[0]["train"] if row["kind"] == "short_both"]
+    assert len(short) == len(originals)
+    for row in short:
+        for side in ("chosen", "rejected"):
+            whole = originals[row["row"]][side]
+            assert whole.startswith(row[side]) and len(row[side]) < len(whole)
 
 
 def test_other_answers_are_other_prompts_and_of_the_same_split(tmp_path):
@@ -95,7 +107,7 @@ def test_what_cannot_be_spoilt_is_left_out_and_counted(tmp_path):
     main(BASE, params, tmp_path)
     tables, metrics = tables_of(tmp_path)
     assert [len(tables[name]) for name in TABLES] == [0, 1, 0, 0, 0]  # "Two. One. One." or "Two. Two. One."
-    assert metrics["train"] == {kind: {"made": 0, "left_out": 2} for kind in ("shuffle", "reversed")}
+    assert metrics["train"] == {kind: {"made": 0, "left_out": 2} for kind in ("shuffle", "reversed", "short_both")}
     assert metrics["negatives"] == {"reversed": {"made": 0, "left_out": 2}}
     assert metrics["judge"] == {"other_prompt": {"made": 0, "left_out": 1}}  # there is no other prompt
 
@@ -127,4 +139,3 @@ def test_bad_kinds_are_named(names, words):
 def test_the_committed_judge_knows_kinds_that_the_reward_model_never_met():
     params = load_params("corrupt_answers", Params, REPO)
     assert set(params.judge_kinds) - set(params.train_kinds) and set(params.train_kinds) & set(params.judge_kinds)
-    assert set(params.dpo_kinds) <= set(params.train_kinds)

@@ -140,12 +140,13 @@ def test_the_licences_offered_are_on_the_hubs_list():
 def test_the_dpo_card_quotes_what_was_measured(root):
     card = render_card("dpo", facts_of(root), SHA256)
     lead, results = card.split("## Use")[0], section(card, "Results")
-    assert "after 1 epoch of Direct Preference Optimization" in lead and "on 300 preference pairs" in lead
+    assert "after 19 steps of Direct Preference Optimization" in lead and "on 300 preference pairs" in lead
     assert "in 97 % [92, 100]" in lead
     assert "the best (question marks) is right for 100 % [95, 100]" in lead
     rows = [line for line in results.splitlines() if line.startswith("|")]
-    assert rows[2] == "| question marks | 100 % [95, 100] |"  # the honest baseline stands first
-    assert rows[3] == "| **DPO's implicit reward** | 97 % [92, 100] |"
+    assert rows[2].startswith("| Preferred to the base’s by the judge |")  # the scorecard comes first
+    honest = rows.index("| question marks | 100 % [95, 100] |")  # then the rankers, the baseline before the model
+    assert rows[honest + 1] == "| **DPO's implicit reward** | 97 % [92, 100] |"
     assert "| loss | 0.693 | 0.123 |" in rows
     assert "12 pairs over 12 prompts that no training saw" in results
     assert "**DPO.** It does." in results
@@ -222,7 +223,7 @@ def test_other_trainings_are_described_as_what_they_are(root):
     params["train_ppo"] |= {"policy": "dpo", "look_every": 0, "num_ppo_epochs": 1}
     edit(root, "train_ppo", stopped_early="KL of 60 nats")
     dpo = render_card("dpo", facts_of(root, params=params), SHA256)
-    assert "after 3 epochs of Identity Preference Optimization ([IPO](https://arxiv.org/abs/2310.12036))" in dpo
+    assert "after 19 steps of Identity Preference Optimization ([IPO](https://arxiv.org/abs/2310.12036))" in dpo
     assert "1 / (2β) )²" in dpo and "with weight 0.5" in dpo
     ppo = render_card("ppo", facts_of(root, params=params), SHA256)
     assert "It starts from the DPO model" in ppo and "before, after DPO" in ppo

@@ -39,6 +39,7 @@ def blocks(read: Read) -> dict[str, str]:
         "verdicts": verdicts(read),
         "scorecard": scorecard(read),
         "answers": answers(read),
+        "likelier": likelier(read),
         "stages": stages(read),
     }
 
@@ -81,6 +82,26 @@ def answers(read: Read) -> str:
             text = text if len(text) <= LONGEST else text[:LONGEST].rstrip() + " …"
             lines.append(f"| {COLUMNS[model]}, {decoding} | {text} |")
     return "\n".join(lines)
+
+
+def likelier(read: Read) -> str:
+    found = json.loads(read("reports/analyze_logps/metrics.json"))
+
+    def interval(model: str, key: str) -> str:
+        mean, low, high = (f"{found[model][name]:+.3f}" for name in (key, f"{key}_low", f"{key}_high"))
+        return f"{mean} [{low}, {high}]"
+
+    def against_heldout(model: str) -> str:
+        low, high = found[model]["did_low"], found[model]["did_high"]
+        word = "no difference found" if low <= 0 <= high else "more" if low > 0 else "less"
+        return f"{interval(model, 'did')} against held-out answers of the same kind: {word}"
+
+    return (
+        "Do the trained models find their training data more likely? By so many nats per token more than the base\n"
+        f"does: DPO {interval('dpo', 'change_train_chosen')} ({against_heldout('dpo')}),\n"
+        f"PPO, which never sees these answers, {interval('ppo', 'change_train_chosen')}\n({against_heldout('ppo')}).\n"
+        "The whole answer, with AUC, displacement and baselines, is in `reports/analyze_logps/answer.md`."
+    )
 
 
 def plain(text: str) -> str:

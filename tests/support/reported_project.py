@@ -176,7 +176,13 @@ def metrics_of_a_run(heldout_pairs: int) -> dict[str, dict]:
     return {
         "fetch_base": base,
         "fetch_pairs": pairs,
-        "train_dpo": {"train_pairs": 300, "heldout_pairs": heldout_pairs, "steps": 19, "heldout": dpo_heldout},
+        "train_dpo": {
+            "train_pairs": 300,
+            "hard_negatives": 300,
+            "heldout_pairs": heldout_pairs,
+            "steps": 19,
+            "heldout": dpo_heldout,
+        },
         "train_reward": {
             "train_pairs": 300,
             "heldout_pairs": heldout_pairs,

@@ -30,13 +30,16 @@ class CardError(UserError):
     """A card cannot be rendered from the reports that are there."""
 
 
+DECODINGS = ("greedy", "sampled")
+
+
 @dataclass(frozen=True)
 class Answers:
-    """One prompt with each model's greedy answer."""
+    """One prompt with each model's answers."""
 
     prompt: str
-    texts: dict[str, str]  # by model: base, dpo, ppo
-    ended: dict[str, bool]  # False: cut at the token limit
+    texts: dict[str, dict[str, str]]  # by model (base, dpo, ppo), then by decoding (greedy, sampled)
+    ended: dict[str, dict[str, bool]]  # False: cut at the token limit
 
 
 @dataclass(frozen=True)
@@ -141,14 +144,14 @@ class Facts:
 
 
 def read_answers(reports: ReportFiles, number: int) -> list[Answers]:
-    """The first `number` prompts of reports/sample_responses/samples.json with every model's greedy answer."""
+    """The first `number` prompts of reports/sample_responses/samples.json with every model's answers."""
     path = "reports/sample_responses/samples.json"
     try:
         return [
             Answers(
                 prompt=sample["prompt"],
-                texts={model: sample["answers"][model]["greedy"] for model in MODELS},
-                ended={model: sample["ended"][model]["greedy"] for model in MODELS},
+                texts={model: {how: sample["answers"][model][how] for how in DECODINGS} for model in MODELS},
+                ended={model: {how: sample["ended"][model][how] for how in DECODINGS} for model in MODELS},
             )
             for sample in reports.json("sample_responses", "samples.json")[:number]
         ]

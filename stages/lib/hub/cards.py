@@ -124,7 +124,7 @@ def metadata(kind: Kind, facts: Facts) -> dict[str, Any]:
     if kind != "reward":
         data["widget"] = [
             {"messages": [{"role": "user", "content": without_controls(sample.prompt)}]}
-            | {"output": {"text": without_controls(sample.texts[kind])}}
+            | {"output": {"text": without_controls(sample.texts[kind]["greedy"])}}
             for sample in facts.samples[:3]
         ]
     return data

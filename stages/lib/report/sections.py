@@ -83,7 +83,7 @@ def setup(files: ReportFiles, params: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "DPO",
             f"{dpo['loss']} loss, beta {dpo['beta']:g}, learning rate {_rate(dpo['learning_rate'])}, "
-            f"{_times(dpo['epochs'], 'epoch')}: {_times(dpo_steps, 'step')} of {dpo['batch_size']} pairs",
+            f"{_times(dpo_steps, 'step')} of {dpo['batch_size']} pairs",
         ),
         (
             "Reward model",
@@ -92,7 +92,7 @@ def setup(files: ReportFiles, params: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "PPO",
-            f"from the {MODELS[ppo['policy']]} model, {_times(episodes, 'episode')} in "
+            f"from the {'base' if ppo['policy'] == 'base' else 'DPO'} model, {_times(episodes, 'episode')} in "
             f"{_times(updates, 'update')}, answers of up to {ppo['response_length']} tokens, "
             f"KL price {ppo['kl_coef']:g}, learning rate {_rate(ppo['learning_rate'])}; the policy of update "
             f"{kept_update} was kept.{stopped}",
