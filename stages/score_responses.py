@@ -31,7 +31,7 @@ from stages.lib.analysis.stats import Resampling
 from stages.lib.analysis.verdict import Verdict, verdict
 from stages.lib.model.judge import judge_features, load_judge
 from stages.lib.model.loading import freeze, load_causal_lm, load_tokenizer, pick_device, pick_precision
-from stages.lib.model.reward import load_reward_model, score_sequences
+from stages.lib.model.reward import closed, load_reward_model, score_sequences
 from stages.lib.report import plots
 from stages.lib.run.artefacts import (
     atomic_path,
@@ -143,10 +143,8 @@ def score(
     said = [list(response) for _, response in different]
 
     model = load_reward_model(root / "models/reward", device)
-    eos = load_tokenizer(root / "models/base").eos_token_id
-    # a reward is read at the end of the turn, where the head was trained; a cut answer is closed for it
-    closed = [ids if ids[-1] == eos else [*ids, eos] for ids in said]
-    whole = [prompt + ids for prompt, ids in zip(asked, closed, strict=True)]
+    tokenizer = load_tokenizer(root / "models/base")
+    whole = [prompt + closed(ids, tokenizer) for prompt, ids in zip(asked, said, strict=True)]
     scores = np.array(score_sequences(model, whole, micro_batch_tokens, precision, "reward model"))
     del model
 

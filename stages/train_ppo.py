@@ -158,7 +158,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         load_causal_lm(start, accelerator.device),
         load_reward_model(root / "models/reward", accelerator.device),
         params.temperature,
-        tokenizer.eos_token_id,
+        tokenizer,
         precision,
         max(params.micro_batch_tokens, 4096),  # without a backward pass
     )

@@ -116,7 +116,7 @@ def test_scores_are_the_models_own_of_one_text_at_a_time(root, scored, tokenizer
     assert set(answers["model"]) == {"base", "dpo", "ppo", "chosen"}
     for row in answers.iloc[::5].itertuples():
         prompt, ids = prompts[row.prompt_id], row.response_ids
-        closed = ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+        closed = stage.closed(ids, tokenizer)
         with torch.no_grad():
             hidden = reward.model(torch.tensor([prompt + closed])).last_hidden_state[0, -1]
             assert row.score == pytest.approx((reward.score.weight[0] @ hidden).item(), abs=1e-4)

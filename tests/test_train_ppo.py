@@ -318,16 +318,16 @@ def test_kl_coef_follows_its_target(root):
 
 
 def looks_score(monkeypatch, scores):
-    """The judge's prompts get these scores, one look after another; training prompts get 0."""
+    """The judge's prompts get these scores, one look after another; training prompts that of their first token."""
     waiting = iter(scores)
     judge = FrozenSide.judge
 
     def judged(self, rollout):
         rollout, features = judge(self, rollout)
-        score = next(waiting) if len(rollout.prompts) == 5 else 0.0
-        return train_ppo.dataclasses.replace(
-            rollout, raw_scores=torch.full((len(rollout.prompts),), score)
-        ), features
+        scores = torch.tensor([float(response[0] % 2) for response in rollout.responses])
+        if len(rollout.prompts) == 5:
+            scores = torch.full((5,), next(waiting))
+        return train_ppo.dataclasses.replace(rollout, raw_scores=scores), features
 
     monkeypatch.setattr(FrozenSide, "judge", judged)
 

@@ -148,7 +148,7 @@ def test_the_dpo_card_quotes_what_was_measured(root):
     honest = rows.index("| question marks | 100 % [95, 100] |")  # then the rankers, the baseline before the model
     assert rows[honest + 1] == "| **DPO's implicit reward** | 97 % [92, 100] |"
     assert "| loss | 0.693 | 0.123 |" in rows
-    assert "12 pairs over 12 prompts that no training saw" in results
+    assert "pairs those 12 over 12 prompts, that no training saw" in results
     assert "**DPO.** It does." in results
     assert "β = 0.1" in section(card, "Training")
     assert "learning_rate: 7.0e-06" in section(card, "Training")

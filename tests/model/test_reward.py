@@ -8,6 +8,7 @@ from torch import nn
 from stages.lib.model.loading import set_seed
 from stages.lib.model.reward import (
     backbone_of,
+    closed,
     load_reward_model,
     new_reward_model,
     pooled_features,
@@ -87,3 +88,25 @@ def test_a_checkpoint_without_its_head_is_refused(reward_model, tmp_path):
 def test_the_base_is_no_reward_model(tiny_base):
     with pytest.raises(UserError, match="score.weight"):
         load_reward_model(tiny_base / "models/base")
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ("I do. Why", "I do."),
+        ("I do! And you? I", "I do! And you?"),
+        ("It is 3.14 or", "It is 3.14 or"),  # no whole sentence
+        ("I do.", "I do."),
+        ("Why not? I do! ", "Why not? I do!"),
+    ],
+)
+def test_a_cut_answer_is_read_up_to_its_last_whole_sentence(tokenizer, said, read):
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    found = closed(ids, tokenizer)
+    assert found[-1] == tokenizer.eos_token_id and found[:-1] == ids[: len(found) - 1]
+    assert tokenizer.decode(found[:-1]).strip() == read
+
+
+def test_an_answer_that_ended_is_read_as_it_is(tokenizer):
+    ids = [*tokenizer("I do. Why", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert closed(ids, tokenizer) == ids

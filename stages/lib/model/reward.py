@@ -4,18 +4,21 @@ A conversation is scored where its final <|im_end|> stands, in training, in PPO 
 one function here. The head is applied in fp32: a bf16 score near 4 has steps of 0.03.
 """
 
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.loading import autocast, disable_dropout_in_model
 from stages.lib.model.packing import group_by_tokens, pack, shares_prefixes
 from stages.lib.run.errors import UserError
+
+SENTENCE_END = re.compile(r"[.!?…。！？।؟][\"'”’)\]]*\s*$")
 
 
 def new_reward_model(folder: Path, pad_token_id: int) -> PreTrainedModel:
@@ -30,6 +33,26 @@ def new_reward_model(folder: Path, pad_token_id: int) -> PreTrainedModel:
     model.config.pad_token_id = pad_token_id
     disable_dropout_in_model(model)
     return model.eval()
+
+
+def closed(response: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A response as the reward model reads it, with an EOS at its end.
+
+    One that the token limit cut is read up to its last whole sentence. The head knows whole answers and spoilt ones
+    alone: read as it broke off, it would be a spoilt one, and PPO would learn to end after a sentence rather than to
+    end. What not ending costs is `missing_eos_penalty`. (arXiv:1909.08593, section 2.1, cuts at a full stop alike.)
+
+    Args:
+        response: token ids, at least one.
+    """
+    eos = tokenizer.eos_token_id
+    if response[-1] == eos:
+        return response
+    texts = [*tokenizer.batch_decode([[token] for token in response]), " "]
+    for length in range(len(response), 0, -1):
+        if SENTENCE_END.search(texts[length - 1]) and texts[length][:1].isspace():
+            return [*response[:length], eos]
+    return [*response, eos]
 
 
 def load_reward_model(folder: Path, device: torch.device | None = None) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from stages.lib.model.generate import generate
 from stages.lib.model.loading import DTYPES, autocast, cast_linear_layers, freeze, own_memory
 from stages.lib.model.logps import TokenLogps, read_answers
 from stages.lib.model.packing import PackedBatch, read_tokens
-from stages.lib.model.reward import apply_head, backbone_of
+from stages.lib.model.reward import apply_head, backbone_of, closed
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,12 @@ class FrozenSide:
         reference: PreTrainedModel,
         reward_model: PreTrainedModel,
         temperature: float,
-        eos_token_id: int,
+        tokenizer: PreTrainedTokenizerBase,
         precision: str,
         micro_batch_tokens: int,
     ):
         self.reference, self.reward_model = freeze(reference), freeze(reward_model)
-        self.temperature, self.eos_token_id = temperature, eos_token_id
+        self.temperature, self.tokenizer = temperature, tokenizer
         self.precision, self.micro_batch_tokens = precision, micro_batch_tokens
         self.policy_like = TokenLogps(reference, temperature)
         backbone = reference.get_decoder()
@@ -170,10 +170,6 @@ class FrozenSide:
         own_memory(reference)
         own_memory(reward_model.score if self.shares_backbone else reward_model)
 
-    def closed(self, response: list[int]) -> list[int]:
-        """The response up to an EOS: the reward head was trained at EOS and nowhere else."""
-        return response if response[-1] == self.eos_token_id else [*response, self.eos_token_id]
-
     @torch.no_grad()
     def judge(self, rollout: Rollout) -> tuple[Rollout, Tensor]:
         """The rollout with reference log-probs and raw scores.
@@ -181,8 +177,7 @@ class FrozenSide:
         Returns:
             The rollout, and (N, H) float32 features: the reference's hidden state before each response token.
         """
-        closed = [self.closed(response) for response in rollout.responses]
-        scores = torch.empty(len(closed))
+        responses, scores = rollout.responses, torch.empty(len(rollout.responses))
 
         def score(rows: list[int], batch: PackedBatch, hidden: Tensor) -> tuple[()]:
             scores[rows] = apply_head(self.reward_model, hidden[batch.last_index]).cpu()
@@ -195,15 +190,18 @@ class FrozenSide:
             before = hidden[batch.completion_index]
             return self.policy_like.of_hidden(before, batch.labels)[0], before.float()
 
-        def read_again(rows: list[int], batch: PackedBatch) -> tuple[()]:
-            return score(rows, batch, hidden_states(backbone_of(self.reward_model), batch))
+        ref_logps, features = self._pass(read, self.reference, rollout.prompts, responses)
 
-        ref_logps, features = self._pass(read, self.reference, rollout.prompts, closed)
-        if not self.shares_backbone:
-            self._pass(read_again, self.reward_model, rollout.prompts, closed)
-        # an EOS that was added for the score is not the policy's
-        own = torch.cat([torch.arange(len(c)) < len(r) for c, r in zip(closed, rollout.responses, strict=True)])
-        return replace(rollout, ref_logps=ref_logps[own], raw_scores=scores), features[own]
+        # what the reward model reads otherwise than as it was said: answers that did not end, or all of them
+        again = [i for i, ended in enumerate(rollout.ended.tolist()) if not (ended and self.shares_backbone)]
+
+        def read_again(rows: list[int], batch: PackedBatch) -> tuple[()]:
+            hidden = hidden_states(backbone_of(self.reward_model), batch)
+            return score([again[i] for i in rows], batch, hidden)
+
+        texts = [rollout.prompts[i] for i in again], [closed(responses[i], self.tokenizer) for i in again]
+        self._pass(read_again, self.reward_model, *texts)
+        return replace(rollout, ref_logps=ref_logps, raw_scores=scores), features
 
     def _pass(self, read: Callable, model: PreTrainedModel, prompts: list, responses: list) -> list[Tensor]:
         with use_packed_attention(model), autocast(model.device, self.precision):
