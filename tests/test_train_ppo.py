@@ -367,7 +367,7 @@ def test_without_looks_the_last_policy_is_kept(root, monkeypatch):
 
 def test_a_policy_too_far_from_the_reference_is_not_kept(root, monkeypatch):
     looks_score(monkeypatch, (0.0, 9.0, 9.0))
-    main(BASE, PARAMS.replace(max_kl=1e-4, missing_eos_penalty=0.0, learning_rate=1e-6), root)
+    main(BASE, PARAMS.replace(max_kl=1e-4, missing_eos_penalty=0.0, learning_rate=1e-8), root)
     assert metrics_of(root)["kept_update"] in (0, 2, 3)  # a KL this small: kept wherever it is below max_kl
     for row in looks_of(root):
         assert not (row["kept"] and row["kl"] > 1e-4)
