@@ -38,16 +38,19 @@ class Params(Section):
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     files = ReportFiles(root)
+    pictures = {picture.title: picture for picture in sections.pictures(root)}
     page = Page(
         title=params.title,
         lede=sections.lede(files),
-        answer=paragraphs(sections.verdict_paragraphs(files) + "\n\n" + files.text("analyze_logps", "answer.md")),
+        verdict=paragraphs(sections.verdict_paragraphs(files)),
+        scorecard=sections.scorecard(files, mark_change=strong),
+        frontier=pictures.pop("frontier"),
+        samples=sections.gallery(files, params.gallery_rows),
         tiles=[*numbers.tiles(files), sections.cost_tile(files)],
+        answer=paragraphs(files.text("analyze_logps", "answer.md")),
         forests=numbers.forests(files),
         curves=sections.training_curves(files),
-        pictures=sections.pictures(root),
-        samples=sections.gallery(files, params.gallery_rows),
-        style=sections.scorecard(files, mark_change=strong),
+        pictures=list(pictures.values()),
         setup=[*sections.setup(files, read_params(root)), ("Seed, precision", f"{base.seed}, {base.precision}")],
         data=sections.data_counts(files),
         parameters=sections_of((root / "params.yaml").read_text(encoding="utf-8"), sections.PARAMETERS),

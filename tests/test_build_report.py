@@ -70,17 +70,12 @@ def test_every_chart_and_picture_is_inlined_with_words(root):
     assert all(len(image["alt"]) > 20 for image in images)
 
 
-def test_answer_comes_first_then_what_it_took(root):
+def test_the_verdict_comes_first_and_the_answers_before_their_log_probs(root):
     text = build(root).text
-    order = [
-        "million parameters",
-        "DPO: broken.",
-        "PPO: no difference found.",
-        "Does the final model find",
-        "Score gained by PPO",
-        "Which of two answers",
-    ]
-    order += ["DPO: loss", "routine like, number 0", "Style and fluency", "Base model", "Tokens/s", "Git revision"]
+    order = ["million parameters", "DPO: broken.", "PPO: no difference found."]
+    order += ["What the answers are worth", "Preferred to the base’s", "routine like, number 0"]
+    order += ["Score gained by PPO", "Does the final model find", "Which of two answers", "DPO: loss"]
+    order += ["Base model", "Tokens/s", "Git revision"]
     places = [text.index(words) for words in order]
     assert places == sorted(places)
 
@@ -185,7 +180,7 @@ def test_a_missing_key_is_named_and_the_old_page_stays(root):
         (
             "score_responses/scorecard.csv",
             "model,decoding,measure,mean,low,high,change,change_low,change_high\n",
-            "no score of ppo",
+            "no win_rate",
         ),
         ("train_dpo/metrics.json", "{", "not JSON"),
     ],
@@ -226,6 +221,7 @@ def test_estimates_without_an_interval_are_shown_bare(root):
     for stage in ("analyze_logps", "train_ppo"):
         path = root / f"reports/{stage}/metrics.json"
         path.write_text(re.sub(r'(_low|_high)": [-\d.e]+', r'\1": null', path.read_text()))
+    (root / "reports/analyze_logps/answer.md").write_text("**DPO.** no difference found")
     path = root / "reports/score_responses/scorecard.csv"
     pd.read_csv(path).assign(low=None, high=None, change_low=None, change_high=None).to_csv(path, index=False)
     text = build(root).text

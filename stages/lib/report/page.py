@@ -123,13 +123,15 @@ class Page:
 
     title: str
     lede: str
-    answer: Markup
+    verdict: Markup
+    scorecard: Table
+    frontier: Picture
+    samples: Sequence[Sample]
     tiles: Sequence[Tile]
+    answer: Markup
     forests: Sequence[Forest]
     curves: Sequence[Picture]
     pictures: Sequence[Picture]
-    samples: Sequence[Sample]
-    style: Table
     setup: Sequence[tuple[str, str]]
     data: Sequence[tuple[str, str]]
     parameters: str
