@@ -23,7 +23,7 @@ PARTS = ("prompt", "chosen", "rejected")
 
 def write_token_tables(root: Path, train: list[dict[str, list[int]]], heldout: list[dict[str, list[int]]]) -> None:
     """What the two stages read beside models/base: rows of {prompt,chosen,rejected}_input_ids."""
-    for split, rows in (("train", train), ("heldout", heldout)):
+    for split, rows in (("train", train), ("heldout", heldout), ("negatives", [])):
         columns: dict[str, Any] = {"row": list(range(1, len(rows) + 1)), "prompt_id": list(range(len(rows)))}
         for name in PARTS:
             columns[f"{name}_input_ids"] = pa.array(
