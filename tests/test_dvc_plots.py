@@ -163,6 +163,12 @@ def test_plots_show_draws_every_picture_once(page):
         assert (page.parent / file).is_file()
 
 
+def test_no_title_ends_the_script_that_draws_it(page):
+    """DVC writes a chart's id, its title, between single quotes in a script: an apostrophe leaves the chart empty."""
+    ids = re.findall(r'<div id\s*=\s*"?([^"> ]+)', page.read_text(encoding="utf-8"))
+    assert len(ids) >= len(specs(page)) and not [each for each in ids if "'" in each]
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_a_browser_draws_the_charts_offline(page, tmp_path):
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
