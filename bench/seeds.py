@@ -15,11 +15,11 @@ from typing import Any
 from bench.measure import REPO
 from stages.lib.run.artefacts import write_history
 from stages.lib.run.params import read_params
+from stages.score_responses import TRAINED
 
 RESULT = REPO / "bench/results/seeds.csv"
 METRICS = "reports/score_responses/metrics.json"
 SCORECARD = "reports/score_responses/scorecard.csv"
-MODELS = ("dpo", "ppo")
 #: measure of the scorecard, decoding, and whether its change from the base is meant
 FIGURES = (
     ("win_rate", "sampled", False),
@@ -57,7 +57,7 @@ def rows_of(seed: int, metrics: dict[str, Any], scorecard: list[dict[str, str]])
     """A row per trained model: its verdict, and its figures with the ends of their intervals."""
     found = {(row["model"], row["decoding"], row["measure"]): row for row in scorecard}
     rows = []
-    for model in MODELS:
+    for model in TRAINED:
         row: dict[str, Any] = {"seed": seed, "model": model, "verdict": metrics[model]["verdict"]}
         for measure, decoding, of_change in FIGURES:
             name = f"{'greedy_' if decoding == 'greedy' else ''}{measure}{'_change' if of_change else ''}"
