@@ -29,9 +29,9 @@ from stages.lib.analysis.names import MODELS
 from stages.lib.analysis.scorecard import CHOSEN, preferred_ranges, scorecard
 from stages.lib.analysis.stats import Resampling
 from stages.lib.analysis.verdict import Verdict, verdict
-from stages.lib.model.judge import judge_features, load_judge
+from stages.lib.model.judge import load_judge, opinions
 from stages.lib.model.loading import freeze, load_causal_lm, load_tokenizer, pick_device, pick_precision
-from stages.lib.model.reward import closed, load_reward_model, score_sequences
+from stages.lib.model.reward import closed, load_reward_model
 from stages.lib.report import plots
 from stages.lib.run.artefacts import (
     atomic_path,
@@ -142,23 +142,21 @@ def score(
     asked = [prompts[prompt_id] for prompt_id, _ in different]
     said = [list(response) for _, response in different]
 
-    model = load_reward_model(root / "models/reward", device)
     tokenizer = load_tokenizer(root / "models/base")
-    whole = [prompt + closed(ids, tokenizer) for prompt, ids in zip(asked, said, strict=True)]
-    scores = np.array(score_sequences(model, whole, micro_batch_tokens, precision, "reward model"))
-    del model
-
+    read_as = [closed(response, tokenizer) for response in said]
+    base = freeze(load_causal_lm(root / "models/base", device))
+    reward_model = load_reward_model(root / "models/reward", device)
     judge = load_judge(root / "models/judge")
-    model = freeze(load_causal_lm(root / "models/base", device))
-    features = judge_features(model, asked, said, judge.layer, micro_batch_tokens, precision, "judge")
-    opinions = judge.scores(features).double().numpy()
+    how = (micro_batch_tokens, precision, "judge and reward model")
+    both = opinions(judge, base, reward_model, asked, said, read_as, *how)
+    of_judge, scores = (values.double().numpy() for values in both)
 
     scored, start = [], 0
     for table in tables:
         own = codes[start : start + len(table)]
-        scored.append(table.assign(score=scores[own], judge=opinions[own]))
+        scored.append(table.assign(score=scores[own], judge=of_judge[own]))
         start += len(table)
-    return scored, 2 * sum(map(len, whole))
+    return scored, sum(map(len, asked)) + sum(map(len, said))
 
 
 def frontier_of(

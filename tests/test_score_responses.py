@@ -193,12 +193,12 @@ def test_one_confidence_for_every_interval(root, scored):
 def test_texts_are_read_once(root, monkeypatch):
     counts = []
 
-    def spy(model, sequences, *args):
-        counts.append(len(sequences))
-        return real(model, sequences, *args)
+    def spy(judge, base, reward_model, prompts, *args):
+        counts.append(len(prompts))
+        return real(judge, base, reward_model, prompts, *args)
 
-    real = stage.score_sequences
-    monkeypatch.setattr(stage, "score_sequences", spy)
+    real = stage.opinions
+    monkeypatch.setattr(stage, "opinions", spy)
     main(BASE, PARAMS, root)
     answers = pd.DataFrame(read_parquet(root / "data/answers.parquet"))
     assert counts[0] <= 11 * len(WORDS) < len(answers) + 2 * 17  # prompts times texts, however often each was said

@@ -5,11 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stages.lib.model import packing
 from stages.lib.model.packing import (
-    consecutive_groups,
     group_by_tokens,
     micro_batches_of_process,
     pack,
+    packed_groups,
     pad,
     pad_collate_fn,
     shared_prefix_length,
@@ -77,29 +78,49 @@ def test_pack_worked_example():
 
 
 def test_pack_shares_equal_prompts_worked_example():
-    packed = pack([[10, 11], [20], [10, 11]], [[12], [21, 22], [13, 14]], share_prefixes=True)
-    assert packed.input_ids.tolist() == [[10, 11, 12, 20, 21, 22, 13, 14]]
-    assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 2, 3]]
-    assert packed.sequence_lengths == [2, 1, 3, 2]
-    assert packed.contexts == [None, 0, None, 0]
-    # 13 is predicted at the shared 11 (position 1), 14 at 13 (position 6)
-    assert packed.completion_index.tolist() == [1, 3, 4, 1, 6]
-    assert packed.last_index.tolist() == [2, 5, 7]
-    assert packed.labels.tolist() == [12, 21, 22, 13, 14]
+    first, other = [10, 11, 12, 13], [20]
+    packed = pack([first, other, first], [[14], [21, 22], [15, 16]], share_prefixes=True)
+    # [10 11 12 13] | [20 21 22] | [14] | [15 16]
+    assert packed.input_ids.tolist() == [[10, 11, 12, 13, 20, 21, 22, 14, 15, 16]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 4, 4, 5]]
+    assert packed.sequence_lengths == [4, 3, 1, 2]
+    assert packed.contexts == [None, None, 0, 0]
+    # 14 and 15 are predicted at the shared 13 (place 3), 16 at 15 (place 8)
+    assert packed.completion_index.tolist() == [3, 4, 5, 3, 8]
+    assert packed.last_index.tolist() == [7, 6, 9]
+    assert packed.labels.tolist() == [14, 21, 22, 15, 16]
     assert packed.label_sequence.tolist() == [0, 1, 1, 2, 2]
     assert packed.num_completions == 3
 
 
-def test_pack_shares_the_beginning_of_all_prompts_worked_example():
-    packed = pack([[1, 2, 10], [1, 2, 20, 21], [1, 2, 10]], [[11], [22, 23], [12, 13]], share_prefixes=True)
-    # [1 2] | [10] [11] | [20 21 22 23] | [12 13]
-    assert packed.input_ids.tolist() == [[1, 2, 10, 11, 20, 21, 22, 23, 12, 13]]
-    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2, 3, 4, 5, 3, 4]]
-    assert packed.sequence_lengths == [2, 1, 1, 4, 2]
-    assert packed.contexts == [None, 0, 1, 0, 1]
-    assert packed.completion_index.tolist() == [2, 5, 6, 2, 8]
-    assert packed.last_index.tolist() == [3, 7, 9]
-    assert packed.labels.tolist() == [11, 22, 23, 12, 13]
+def test_pack_shares_whatever_texts_begin_with_worked_example():
+    system, one, other = [1, 2, 3, 4], [10, 11, 12, 13], [20, 21]
+    answer = [30, 31, 32, 33]
+    texts = [([*system, *one], [*answer, 40]), ([*system, *other], [50]), ([*system, *one], [*answer, 41, 42])]
+    packed = pack(*zip(*texts, strict=True), share_prefixes=True)
+    # [1 2 3 4] | [10 11 12 13 30 31 32 33] | [20 21 50] | [40] | [41 42]: the two answers part within the answer
+    assert packed.input_ids.tolist() == [[*system, *one, *answer, *other, 50, 40, 41, 42]]
+    assert packed.position_ids.tolist() == [[*range(12), 4, 5, 6, 12, 12, 13]]
+    assert packed.sequence_lengths == [4, 8, 3, 1, 2]
+    assert packed.contexts == [None, 0, 0, 1, 1]
+    # the shared answer's tokens are predicted at places 7 to 10, 40 and 41 at 11, 50 at 13, 42 at 16
+    assert packed.completion_index.tolist() == [7, 8, 9, 10, 11, 13, 7, 8, 9, 10, 11, 16]
+    assert packed.last_index.tolist() == [15, 14, 17]
+    assert packed.label_sequence.tolist() == [0] * 5 + [1] + [2] * 6
+
+
+def test_pack_does_not_cut_texts_for_a_few_tokens_that_they_share():
+    packed = pack([[1, 2, 3], [1, 2, 3]], [[4, 5], [6]], share_prefixes=True)
+    assert packed.sequence_lengths == [5, 4] and packed.contexts == [None, None]
+
+
+@pytest.mark.parametrize("share_prefixes", [False, True])
+def test_equal_texts_are_packed_once_and_one_may_end_within_another(share_prefixes):
+    packed = pack([[1, 2], [1, 2], [1]], [[3, 4], [3, 4, 5, 6], [2, 3, 4]], share_prefixes)
+    assert packed.input_ids.numel() == (6 if share_prefixes else 10)
+    assert packed.last_index[0] == packed.last_index[2]  # [1 2 3 4] both
+    assert packed.labels.tolist() == [3, 4, 3, 4, 5, 6, 2, 3, 4]
+    assert packed.label_sequence.tolist() == [0] * 2 + [1] * 4 + [2] * 3
 
 
 @pytest.mark.parametrize(
@@ -117,7 +138,7 @@ def test_what_texts_begin_with(texts, length):
     assert shared_prefix_length(texts) == length
 
 
-token_lists = st.lists(st.integers(0, 2), min_size=1, max_size=6)
+token_lists = st.lists(st.integers(0, 1), min_size=1, max_size=8)
 
 
 @given(st.lists(st.tuples(token_lists, token_lists), min_size=1, max_size=8), st.booleans())
@@ -148,19 +169,26 @@ def test_pack_refuses_an_empty_side(prompt, completion):
         pack([[5], prompt], [[5], completion])
 
 
+some_texts = st.lists(st.tuples(token_lists, token_lists), max_size=12)
+
+
+@given(some_texts, st.integers(1, 40), st.booleans())
+def test_packed_groups_hold_every_text_once_within_the_budget(texts, budget, share):
+    prompts, completions = ([list(text[side]) for text in texts] for side in (0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "shares_prefixes", lambda device: share)
+        patch.setattr(packing, "SHORTEST_SHARED", 1)
+        groups = list(packed_groups(prompts, completions, budget, torch.device("cpu")))
+    assert sorted(i for rows, _ in groups for i in rows) == list(range(len(texts)))
+    for rows, batch in groups:
+        assert batch.labels.tolist() == [token for i in rows for token in completions[i]]
+        assert len(rows) == 1 or batch.input_ids.numel() <= budget
+
+
 lengths_and_budget = (
     st.lists(st.integers(1, 50), min_size=1, max_size=40),
     st.integers(1, 120),
 )
-
-
-@given(*lengths_and_budget)
-def test_consecutive_groups_keep_the_order_and_the_budget(lengths, budget):
-    groups = consecutive_groups(lengths, budget)
-    assert [i for group in groups for i in group] == list(range(len(lengths)))
-    assert all(len(group) == 1 or sum(lengths[i] for i in group) <= budget for group in groups)
-    for group, following in zip(groups, groups[1:], strict=False):  # none could have been longer
-        assert sum(lengths[i] for i in [*group, following[0]]) > budget
 
 
 @given(*lengths_and_budget)

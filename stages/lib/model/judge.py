@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from stages.lib.model.attention import use_packed_attention
+from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.loading import autocast
-from stages.lib.model.packing import PackedBatch, consecutive_groups, pack, shares_prefixes
+from stages.lib.model.packing import PackedBatch, packed_groups
+from stages.lib.model.reward import apply_head, backbone_of, same_weights, score_sequences
 from stages.lib.run.artefacts import atomic_path, read_json, write_json
 from stages.lib.run.errors import UserError
 
@@ -75,6 +76,47 @@ def judge_features(
 
 
 @torch.no_grad()
+def opinions(
+    judge: Judge,
+    base: PreTrainedModel,
+    reward_model: PreTrainedModel,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    closed_responses: list[list[int]],
+    micro_batch_tokens: int,
+    precision: str,
+    progress: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What judge and reward model say of N answers: in one pass where the reward model's backbone is the base.
+
+    Args:
+        base: causal language model; reward_model: with its head; on the device where the work shall happen.
+        responses: N lists of token ids, as the judge reads them.
+        closed_responses: the same as the reward model reads them: `closed`.
+
+    Returns:
+        (N,) scores of the judge and (N,) of the reward model, float32, on the CPU.
+    """
+    if not same_weights(base.get_decoder(), backbone_of(reward_model)):
+        whole = [prompt + response for prompt, response in zip(prompts, closed_responses, strict=True)]
+        scores = score_sequences(reward_model, whole, micro_batch_tokens, precision, progress)
+        how = (judge.layer, micro_batch_tokens, precision, progress)
+        return judge.scores(judge_features(base, prompts, responses, *how)), torch.tensor(scores)
+    count = len(responses)
+    texts = prompts * 2, [_before(base.config.eos_token_id, ids) for ids in responses] + closed_responses
+    means, scores = torch.empty(count, base.config.hidden_size), torch.empty(count)
+    bar = tqdm(total=sum(len(ids) for side in texts for ids in side), desc=progress, unit="tok", unit_scale=True)
+    with use_packed_attention(base), autocast(base.device, precision), bar:
+        for rows, batch in packed_groups(*texts, micro_batch_tokens, base.device, bar):
+            middle, last = hidden_after(base.get_decoder(), batch, [judge.layer], to_end=True)
+            said = torch.tensor([row < count for row in rows])
+            means[[row for row in rows if row < count]] = _mean_of_completions(middle, batch).cpu()[said]
+            of_rows = apply_head(reward_model, last[batch.last_index]).cpu()
+            scores[[row - count for row in rows if row >= count]] = of_rows[~said]
+    return judge.scores(means), scores
+
+
+@torch.no_grad()
 def answer_means(
     model: PreTrainedModel,
     prompts: list[list[int]],
@@ -101,19 +143,14 @@ def answer_means(
     """
     eos = model.config.eos_token_id
     answers = [_before(eos, ids) for ids in responses]
-    lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     means = torch.empty(len(layers), len(answers), model.config.hidden_size)
-    by_prompt = sorted(range(len(prompts)), key=prompts.__getitem__)  # so that equal prompts meet
-    bar = tqdm(total=sum(lengths), desc=progress, unit="tok", unit_scale=True, disable=progress is None)
+    tokens = sum(map(len, prompts)) + sum(map(len, answers))
+    bar = tqdm(total=tokens, desc=progress, unit="tok", unit_scale=True, disable=progress is None)
     model.eval()
     with use_packed_attention(model), autocast(model.device, precision), bar:
-        for places in consecutive_groups([lengths[i] for i in by_prompt], micro_batch_tokens):
-            group = [by_prompt[place] for place in places]
-            texts = [prompts[i] for i in group], [answers[i] for i in group]
-            batch = pack(*texts, shares_prefixes(model.device)).to(model.device)
+        for group, batch in packed_groups(prompts, answers, micro_batch_tokens, model.device, bar):
             for number, hidden in enumerate(hidden_after(model.get_decoder(), batch, layers)):
                 means[number, group] = _mean_of_completions(hidden, batch).cpu()
-            bar.update(sum(lengths[i] for i in group))
     return means
 
 
@@ -143,8 +180,11 @@ class _DeepEnough(Exception):
     """Ends a forward pass at the deepest layer that is read."""
 
 
-def hidden_after(backbone: nn.Module, batch: PackedBatch, layers: list[int]) -> list[Tensor]:
+def hidden_after(backbone: nn.Module, batch: PackedBatch, layers: list[int], to_end: bool = False) -> list[Tensor]:
     """(T, H) hidden states of a packed batch after each of `layers`, under `use_packed_attention`.
+
+    Args:
+        to_end: the backbone's last hidden states too, after these.
 
     Raises:
         UserError: the backbone has no list of its decoder layers.
@@ -167,26 +207,20 @@ def hidden_after(backbone: nn.Module, batch: PackedBatch, layers: list[int]) -> 
     def reader(layer: int):
         def read_output(_module, _inputs, output) -> None:
             read[layer] = (output[0] if isinstance(output, tuple) else output)[0]
-            if layer == max(layers):
+            if layer == max(layers) and not to_end:
                 raise _DeepEnough
 
         return read_output
 
     handles = [blocks[layer - 1].register_forward_hook(reader(layer)) for layer in set(layers)]
     try:
-        backbone(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            sequence_lengths=batch.sequence_lengths,
-            contexts=batch.contexts,
-        )
+        last = [hidden_states(backbone, batch)]
     except _DeepEnough:
-        pass
+        last = []
     finally:
         for handle in handles:
             handle.remove()
-    return [read[layer] for layer in layers]
+    return [read[layer] for layer in layers] + last
 
 
 def fit_judge(differences: np.ndarray, strength: float, weights: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from stages.lib.model.attention import hidden_states, lean_embedding, use_packed_attention
 from stages.lib.model.loading import autocast
-from stages.lib.model.packing import PackedBatch, consecutive_groups, pack, read_tokens, shares_prefixes
+from stages.lib.model.packing import PackedBatch, packed_groups, read_tokens
 from stages.lib.run.errors import UserError
 
 SLICE_ELEMENTS = 2**22  # logits held at a time: 16 MB in fp32, small enough for a CPU's last-level cache
@@ -249,16 +249,11 @@ def completion_logps(
         (N,) float32 on the CPU, in nats, in the order given.
     """
     model.eval()
-    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-    logps = torch.empty(len(lengths))
+    logps = torch.empty(len(prompts))
     module = CompletionLogps(model)
-    bar = tqdm(total=sum(lengths), desc=progress, unit="tok", unit_scale=True, disable=progress is None)
+    tokens = sum(map(len, prompts)) + sum(map(len, completions))
+    bar = tqdm(total=tokens, desc=progress, unit="tok", unit_scale=True, disable=progress is None)
     with use_packed_attention(model), autocast(model.device, precision), bar:
-        by_prompt = sorted(range(len(prompts)), key=prompts.__getitem__)  # so that equal prompts meet
-        for places in consecutive_groups([lengths[i] for i in by_prompt], micro_batch_tokens):
-            group = [by_prompt[place] for place in places]
-            texts = [prompts[i] for i in group], [completions[i] for i in group]
-            batch = pack(*texts, shares_prefixes(model.device)).to(model.device)
+        for group, batch in packed_groups(prompts, completions, micro_batch_tokens, model.device, bar):
             logps[group] = module(batch).cpu()
-            bar.update(sum(lengths[i] for i in group))
     return logps

@@ -1,12 +1,13 @@
 """Padding, collating, packing, and grouping by a token budget."""
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+SHORTEST_SHARED = 4  # tokens that texts must begin with alike: a sequence of its own costs as much as a few tokens
 
 
 def pad(tensors: list[Tensor], padding_value: int = 0, padding_side: str = "right") -> Tensor:
@@ -98,10 +99,12 @@ def pack(
 ) -> PackedBatch:
     """Packs S prompts with their completions; both have at least one token each.
 
+    Equal texts go into the row once.
+
     Args:
-        share_prefixes: the beginning that all prompts have in common (a chat template's system message) and
-            equal prompts go into the row once. Causality makes that exact: what a prefix computes does not
-            depend on what follows it.
+        share_prefixes: what different texts begin with goes into the row once too, wherever they part: a chat
+            template's system message, the prompt of two answers, an answer up to where a copy of it differs.
+            Causality makes that exact: what a prefix computes does not depend on what follows it.
 
     Raises:
         ValueError: an empty prompt or completion: no position would predict the completion's first token.
@@ -109,54 +112,55 @@ def pack(
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if len(prompt) == 0 or len(completion) == 0:
             raise ValueError(f"sequence {number}: prompt and completion need at least one token each")
+    texts = [(*prompt, *completion) for prompt, completion in zip(prompts, completions, strict=True)]
     input_ids: list[int] = []
     position_ids: list[int] = []
     sequence_lengths: list[int] = []
     contexts: list[int | None] = []
-
-    def append(ids: Sequence[int], context: int | None, start: int) -> int:
-        """Adds a sequence whose first token has position `start`; gives its number."""
-        input_ids.extend(ids)
-        position_ids.extend(range(start, start + len(ids)))
-        sequence_lengths.append(len(ids))
-        contexts.append(context)
-        return len(contexts) - 1
-
-    uses = Counter(map(tuple, prompts)) if share_prefixes else Counter()
-    common = shared_prefix_length(list(uses))
-    root = append(prompts[0][:common], None, 0) if common else None
-    shared: dict[tuple[int, ...], tuple[int, int]] = {}  # prompt -> its number as a sequence, its last position
-    completion_index: list[int] = []
-    last_index: list[int] = []
-    labels: list[int] = []
-    label_sequence: list[int] = []
-    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        key = tuple(prompt)
-        if uses[key] > 1:
-            if key not in shared:
-                shared[key] = append(prompt[common:], root, common), len(input_ids) - 1
-            context, before = shared[key]  # the prompt's last token predicts the completion's first
-            start = len(input_ids)
-            append(completion, context, len(prompt))
-        else:
-            start = len(input_ids) + len(prompt) - common
-            before = start - 1
-            append([*prompt[common:], *completion], root, common)
-        completion_index += [before, *range(start, start + len(completion) - 1)]
-        last_index.append(start + len(completion) - 1)
-        labels += completion
-        label_sequence += [number] * len(completion)
+    places_of: dict[tuple[int, ...], list[int]] = {}  # text -> where each of its tokens lies in the row
+    # a prefix tree, node after node: texts that begin alike, with how long, the sequence that ends there, and places
+    todo: list[tuple[list[tuple[int, ...]], int, int | None, list[int]]]
+    todo = [(sorted(set(texts)) if share_prefixes else list(dict.fromkeys(texts)), 0, None, [])]
+    while todo:
+        group, start, context, before = todo.pop()
+        for branch in _branches(group, start) if share_prefixes else [[text] for text in group]:
+            end = shared_length(branch[0], branch[-1])  # the others lie between in the dictionary's order
+            places = before + list(range(len(input_ids), len(input_ids) + end - start))
+            input_ids += branch[0][start:end]
+            position_ids += range(start, end)
+            sequence_lengths.append(end - start)
+            contexts.append(context)
+            places_of |= {text: places for text in branch if len(text) == end}
+            if longer := [text for text in branch if len(text) > end]:
+                todo.append((longer, end, len(contexts) - 1, places))
+    spans = [(places_of[text], len(prompt)) for text, prompt in zip(texts, prompts, strict=True)]
     return PackedBatch(
         input_ids=torch.tensor([input_ids]),
         position_ids=torch.tensor([position_ids]),
         sequence_lengths=sequence_lengths,
         contexts=contexts,
         num_completions=len(completions),
-        completion_index=torch.tensor(completion_index),
-        last_index=torch.tensor(last_index),
-        labels=torch.tensor(labels),
-        label_sequence=torch.tensor(label_sequence),
+        completion_index=torch.tensor([place for places, start in spans for place in places[start - 1 : -1]]),
+        last_index=torch.tensor([places[-1] for places, _ in spans]),
+        labels=torch.tensor([token for completion in completions for token in completion]),
+        label_sequence=torch.tensor([i for i, completion in enumerate(completions) for _ in completion]),
     )
+
+
+def _branches(texts: list[tuple[int, ...]], start: int) -> list[list[tuple[int, ...]]]:
+    """Cuts different texts in sorted order, alike up to `start`, where they do not go on alike for long enough."""
+    branches = [texts[:1]]
+    for previous, text in zip(texts, texts[1:], strict=False):
+        if shared_length(previous, text) < start + SHORTEST_SHARED:
+            branches.append([])
+        branches[-1].append(text)
+    return branches
+
+
+def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts both begin with."""
+    most = min(len(one), len(other))
+    return next((i for i in range(most) if one[i] != other[i]), most)
 
 
 def shares_prefixes(device: torch.device) -> bool:
@@ -171,9 +175,8 @@ def shared_prefix_length(texts: Sequence[Sequence[int]]) -> int:
     """
     if len(texts) < 2:
         return 0
-    first, last = min(texts), max(texts)  # the others lie between in the dictionary's order
-    most = min(map(len, texts)) - 1
-    return next((i for i in range(most) if first[i] != last[i]), most)
+    # the others lie between in the dictionary's order
+    return min(shared_length(min(texts), max(texts)), min(map(len, texts)) - 1)
 
 
 def group_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -220,36 +223,48 @@ def read_tokens(
     Returns:
         K tensors (N, ...) on the CPU, answer after answer.
     """
-    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
     order: list[int] = []
     found: list[tuple[Tensor, ...]] = []
-    for rows in group_by_tokens(lengths, micro_batch_tokens):
-        texts = [prompts[i] for i in rows], [responses[i] for i in rows]
-        batch = pack(*texts, shares_prefixes(device)).to(device)
+    for rows, batch in packed_groups(prompts, responses, micro_batch_tokens, device, bar):
         found.append(tuple(values.cpu() for values in read(rows, batch)))
         order += rows
-        if bar is not None:
-            bar.update(sum(lengths[i] for i in rows))
     place_of = {row: place for place, row in enumerate(order)}
     tables = [torch.cat(parts).split([len(responses[i]) for i in order]) for parts in zip(*found, strict=True)]
     return [torch.cat([table[place_of[i]] for i in range(len(order))]) for table in tables]
 
 
-def consecutive_groups(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Cuts items into runs of at most `budget` tokens; an item longer than it gets a run of its own.
+def packed_groups(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    micro_batch_tokens: int,
+    device: torch.device,
+    bar: tqdm | None = None,
+) -> Iterator[tuple[list[int], PackedBatch]]:
+    """All texts once, to be read without gradient, those that begin alike together, whose beginnings are read once.
 
-    Returns:
-        Groups of indices into `lengths`, in order, none empty.
+    Args:
+        prompts, completions: S lists of token ids each.
+        micro_batch_tokens: memory dial: tokens of a group's row; a longer text gets a group of its own.
+        bar: counts the texts' tokens, group by group.
+
+    Yields:
+        (indices of the group's texts, these packed, on `device`).
     """
+    share = shares_prefixes(device)
+    texts = [(*prompt, *completion) for prompt, completion in zip(prompts, completions, strict=True)]
     groups: list[list[int]] = []
     room = 0
-    for index, length in enumerate(lengths):
-        if not groups or length > room:
+    for i in sorted(range(len(texts)), key=texts.__getitem__):
+        new = len(texts[i]) - (shared_length(texts[groups[-1][-1]], texts[i]) if share and groups else 0)
+        if not groups or new > room:
             groups.append([])
-            room = budget
-        groups[-1].append(index)
-        room -= length
-    return groups
+            room, new = micro_batch_tokens, len(texts[i])
+        groups[-1].append(i)
+        room -= new
+    for group in groups:
+        yield group, pack([prompts[i] for i in group], [completions[i] for i in group], share).to(device)
+        if bar is not None:
+            bar.update(sum(len(texts[i]) for i in group))
 
 
 def micro_batches_of_process(

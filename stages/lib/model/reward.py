@@ -8,14 +8,14 @@ import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.loading import autocast, disable_dropout_in_model
-from stages.lib.model.packing import group_by_tokens, pack, shares_prefixes
+from stages.lib.model.packing import packed_groups
 from stages.lib.run.errors import UserError
 
 SENTENCE_END = re.compile(r"[.!?…。！？।؟][\"'”’)\]]*\s*$")
@@ -75,6 +75,16 @@ def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
     return getattr(model, model.base_model_prefix)
 
 
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules are of one type and hold the same parameters, bit for bit."""
+    ours, theirs = dict(one.named_parameters()), dict(other.named_parameters())
+    return (
+        type(one) is type(other)
+        and ours.keys() == theirs.keys()
+        and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    )
+
+
 def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """(N, H) hidden states to (N,) scores or values, in fp32 whatever autocast says."""
     with torch.autocast(hidden.device.type, enabled=False):
@@ -103,15 +113,13 @@ def pooled_features(
     """
     backbone = backbone_of(model)
     features = torch.empty(len(sequences), model.config.hidden_size)
-    lengths = [len(ids) for ids in sequences]
-    bar = tqdm(total=sum(lengths), desc=progress, unit="tok", unit_scale=True, disable=progress is None)
+    texts = [ids[:-1] for ids in sequences], [ids[-1:] for ids in sequences]
+    bar = tqdm(
+        total=sum(map(len, sequences)), desc=progress, unit="tok", unit_scale=True, disable=progress is None
+    )
     with use_packed_attention(backbone), autocast(model.device, precision), bar:
-        for group in group_by_tokens(lengths, micro_batch_tokens):
-            texts = [sequences[i][:-1] for i in group], [sequences[i][-1:] for i in group]
-            batch = pack(*texts, shares_prefixes(model.device)).to(model.device)
-            hidden = hidden_states(backbone, batch)
-            features[group] = hidden[batch.last_index].float().cpu()
-            bar.update(sum(lengths[i] for i in group))
+        for group, batch in packed_groups(*texts, micro_batch_tokens, model.device, bar):
+            features[group] = hidden_states(backbone, batch)[batch.last_index].float().cpu()
     return features
 
 

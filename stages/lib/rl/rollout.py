@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.lib.model.attention import hidden_states, use_packed_attention
@@ -19,7 +19,7 @@ from stages.lib.model.generate import generate
 from stages.lib.model.loading import DTYPES, autocast, cast_linear_layers, freeze, own_memory
 from stages.lib.model.logps import TokenLogps, read_answers
 from stages.lib.model.packing import PackedBatch, read_tokens
-from stages.lib.model.reward import apply_head, backbone_of, closed
+from stages.lib.model.reward import apply_head, backbone_of, closed, same_weights
 
 
 @dataclass(frozen=True)
@@ -178,41 +178,39 @@ class FrozenSide:
             The rollout, and (N, H) float32 features: the reference's hidden state before each response token.
         """
         responses, scores = rollout.responses, torch.empty(len(rollout.responses))
+        closed_responses = [closed(response, self.tokenizer) for response in responses]
+        if self.shares_backbone:  # 2B texts, of which most are equal or begin alike: packed once
+            texts = rollout.prompts * 2, responses + closed_responses
+        else:
+            texts = rollout.prompts, responses
 
-        def score(rows: list[int], batch: PackedBatch, hidden: Tensor) -> tuple[()]:
-            scores[rows] = apply_head(self.reward_model, hidden[batch.last_index]).cpu()
-            return ()
+        def score(rows: list[int], last: Tensor) -> None:
+            scores[rows] = apply_head(self.reward_model, last).cpu()
 
         def read(rows: list[int], batch: PackedBatch) -> tuple[Tensor, Tensor]:
             hidden = hidden_states(self.reference.get_decoder(), batch)
+            said = torch.tensor([row < len(responses) for row in rows], device=hidden.device)
             if self.shares_backbone:
-                score(rows, batch, hidden)
+                score(
+                    [row - len(responses) for row in rows if row >= len(responses)],
+                    hidden[batch.last_index[~said]],
+                )
+            own = said[batch.label_sequence]
             before = hidden[batch.completion_index]
-            return self.policy_like.of_hidden(before, batch.labels)[0], before.float()
+            ref_logps = before.new_zeros(len(before), dtype=torch.float32)
+            ref_logps[own] = self.policy_like.of_hidden(before[own], batch.labels[own])[0]
+            return ref_logps, before.float()
 
-        ref_logps, features = self._pass(read, self.reference, rollout.prompts, responses)
+        def read_closed(rows: list[int], batch: PackedBatch) -> tuple[()]:
+            score(rows, hidden_states(backbone_of(self.reward_model), batch)[batch.last_index])
+            return ()
 
-        # what the reward model reads otherwise than as it was said: answers that did not end, or all of them
-        again = [i for i, ended in enumerate(rollout.ended.tolist()) if not (ended and self.shares_backbone)]
-
-        def read_again(rows: list[int], batch: PackedBatch) -> tuple[()]:
-            hidden = hidden_states(backbone_of(self.reward_model), batch)
-            return score([again[i] for i in rows], batch, hidden)
-
-        texts = [rollout.prompts[i] for i in again], [closed(responses[i], self.tokenizer) for i in again]
-        self._pass(read_again, self.reward_model, *texts)
-        return replace(rollout, ref_logps=ref_logps, raw_scores=scores), features
+        ref_logps, features = self._pass(read, self.reference, *texts)
+        if not self.shares_backbone:
+            self._pass(read_closed, self.reward_model, rollout.prompts, closed_responses)
+        own = slice(0, int(rollout.lengths.sum()))
+        return replace(rollout, ref_logps=ref_logps[own], raw_scores=scores), features[own]
 
     def _pass(self, read: Callable, model: PreTrainedModel, prompts: list, responses: list) -> list[Tensor]:
         with use_packed_attention(model), autocast(model.device, self.precision):
             return read_tokens(read, prompts, responses, self.micro_batch_tokens, model.device)
-
-
-def same_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules are of one type and hold the same parameters, bit for bit."""
-    ours, theirs = dict(one.named_parameters()), dict(other.named_parameters())
-    return (
-        type(one) is type(other)
-        and ours.keys() == theirs.keys()
-        and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    )
