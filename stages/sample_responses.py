@@ -7,7 +7,8 @@ Reads   models/base, models/dpo, models/ppo
         data/courses/{dpo,ppo}.parquet          which of the judge's prompts training looked at
 Writes  data/answers.parquet                    model, decoding, prompt_id, split, response_ids, text, ended, logp,
                                                 base_logp, entropy
-        data/best_of_n.parquet                  several answers of the base to a few held-out prompts
+        data/base_answers.parquet               several sampled answers of the base to one prompt: to a few held-out
+                                                ones for the best of n, to the judge's as the courses' opponents
         reports/sample_responses/samples.json   the first prompts and their six answers
         reports/sample_responses/samples.md     the same, to read side by side
         reports/sample_responses/metrics.json   counts, limits, and how long answers are
@@ -15,8 +16,8 @@ Writes  data/answers.parquet                    model, decoding, prompt_id, spli
 
 Sampling is plain, without top-p: logp (the model's) and base_logp (the base's), in nats and summed over an answer,
 are of the very distribution that was drawn from, logits divided by the temperature, and their mean difference is a
-KL divergence. entropy is the mean over an answer's tokens. Sampled: every held-out and evaluation prompt, and by
-the base those of the judge's prompts that training looked at; greedy: the held-out prompts.
+KL divergence. entropy is the mean over an answer's tokens. Sampled: every held-out and evaluation prompt; greedy:
+the held-out prompts.
 
 Run     dvc repro sample_responses              (untracked: python -m stages.sample_responses)
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import torch
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,6 +44,8 @@ from stages.lib.run.stage import run_stage
 
 FIRST_PROMPT = "What's your morning routine like?"
 CANDIDATES = 17  # answers of the base to each best-of-n prompt: one more than the largest n, as its opponent
+OPPONENTS = 4  # answers of the base to each prompt that training looked at
+BATCH_SIZE = 96
 MICRO_BATCH_TOKENS = 4096
 REPORTS = Path("reports/sample_responses")
 
@@ -61,60 +65,69 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     prompts = read_prompts(root)
     heldout, judged = prompts[prompts["split"] == "heldout"], prompts[prompts["split"] == "judge"]
     measured = prompts[prompts["split"] != "judge"]
-    first = [first_prompt(tokenizer)]
-    plain = {"temperature": params.temperature}
-    reader = freeze(load_causal_lm(root / "models/base", device))
 
-    # 1. every model answers; the same seed for all, so that samples differ by the model alone
-    tables, first_answers = [], {}
+    # 1. What every model is asked, and what the base alone; equal random numbers, so that models alone differ
+    greedy, sampled = {"decoding": "greedy", "use": "measured"}, {"decoding": "sampled", "use": "measured"}
+    first = pd.DataFrame([{"input_ids": first_prompt(tokenizer), "use": "first"}])
+    asked = [heldout.assign(**greedy), measured.assign(**sampled)]
+    asked += [first.assign(decoding="greedy"), first.assign(decoding="sampled")]
+    few = heldout.iloc[draw(len(heldout), params.best_of_n_prompts, base.seed, "best of n")]
+    several = [repeated(few, CANDIDATES, "best of n"), repeated(judged, OPPONENTS, "opponent")]
+    of_all, of_base = (pd.concat(tables, ignore_index=True) for tables in (asked, asked + several))
+    longest = max(params.max_new_tokens, params.first_max_new_tokens)
+    numbers = torch.Generator().manual_seed(seed_of(base.seed, "answers"))
+    uniforms = torch.rand(len(of_base), longest, generator=numbers)
+
+    reader = freeze(load_causal_lm(root / "models/base", device))
+    tables = []
     for name in MODELS:
         model = reader if name == "base" else freeze(load_causal_lm(root / "models" / name, device))
-        sampler = in_precision(model, precision)
-        todo = [("greedy", {}, heldout, base.seed), ("sampled", plain, measured, base.seed)]
-        if name == "base":
-            todo.append(("sampled", plain, judged, seed_of(base.seed, "answers to the judge's prompts")))
-        for decoding, how, asked, seed in todo:
-            ids, progress = asked["input_ids"].tolist(), f"{name}, {decoding}"
-            how = {"seed": seed, "progress": progress} | how
-            found = answer_prompts(sampler, tokenizer, ids, params.max_new_tokens, precision, **how)
-            tables.append(as_table(asked, found).assign(model=name, decoding=decoding))
-            # 2. how likely the answers were, and how likely the base finds them
-            reading = read(model, tables[-1], params.temperature, precision, f"{name} reads")
-            tables[-1]["logp"], tables[-1]["entropy"] = reading
-            if name != "base":
-                reading = read(reader, tables[-1], params.temperature, precision, "base reads")
-            tables[-1]["base_logp"] = reading[0]
-        for decoding, how in (("greedy", {}), ("sampled", plain | {"seed": base.seed})):
-            limit = params.first_max_new_tokens
-            first_answers[name, decoding] = answer_prompts(sampler, tokenizer, first, limit, precision, **how)
-    answers = pd.concat(tables, ignore_index=True)
+        table = of_base if name == "base" else of_all
+        # 2. The model answers
+        is_first = table["use"] == "first"
+        answers = answer_prompts(
+            in_precision(model, precision),
+            tokenizer,
+            table["input_ids"].tolist(),
+            [params.first_max_new_tokens if first else params.max_new_tokens for first in is_first],
+            precision,
+            temperature=[params.temperature if how == "sampled" else None for how in table["decoding"]],
+            uniforms=uniforms,
+            batch_size=BATCH_SIZE,
+            progress=f"{name} answers",
+        )
+        columns = {"response_ids": [answer.ids for answer in answers], "text": [answer.text for answer in answers]}
+        tables.append(table.assign(model=name, **columns, ended=[answer.ended for answer in answers]))
+        # 3. How likely its answers were, and how likely the base finds them
+        own = tables[-1][table["use"] == "measured"].copy()
+        own["logp"], own["entropy"] = read(model, own, params.temperature, precision, f"{name} reads")
+        own["base_logp"] = own["logp"]
+        if name != "base":
+            own["base_logp"] = read(reader, own, params.temperature, precision, "base reads")[0]
+        tables[-1] = tables[-1].join(own[["logp", "base_logp", "entropy"]])
+    everything = pd.concat(tables, ignore_index=True)
+    answers = everything[everything["use"] == "measured"]
+    base_answers = everything[everything["use"].isin(["best of n", "opponent"])]
 
-    # 3. many answers of the base to a few prompts
-    few = heldout.iloc[draw(len(heldout), params.best_of_n_prompts, base.seed, "best of n")]
-    few = few.loc[few.index.repeat(CANDIDATES)]
-    how = plain | {"seed": seed_of(base.seed, "best of n"), "progress": "base, best of n"}
-    sampler = in_precision(reader, precision)
-    found = answer_prompts(sampler, tokenizer, few["input_ids"].tolist(), params.max_new_tokens, precision, **how)
-    candidates = as_table(few, found).assign(candidate=list(range(CANDIDATES)) * (len(few) // CANDIDATES))
-
-    write_table(root / "data/answers.parquet", answers)
-    write_table(root / "data/best_of_n.parquet", candidates)
-    samples = gallery(answers, heldout, first_answers, params.gallery_prompts, base.seed)
+    names = ["prompt_id", "split", "response_ids", "text", "ended", "model", "decoding"]
+    write_table(root / "data/answers.parquet", answers[[*names, "logp", "entropy", "base_logp"]])
+    write_table(root / "data/base_answers.parquet", base_answers[[*names[:5], "use", "candidate"]])
+    samples = gallery(
+        everything[everything["use"] == "first"], answers, heldout, params.gallery_prompts, base.seed
+    )
     write_json(root / REPORTS / "samples.json", samples)
     with atomic_path(root / REPORTS / "samples.md") as partial:
         partial.write_text(side_by_side(samples), encoding="utf-8")
     metrics = {"heldout_prompts": len(heldout), "eval_prompts": len(measured) - len(heldout)}
     metrics |= {"judge_prompts": len(judged), "max_new_tokens": params.max_new_tokens}
     for name in MODELS:
-        own = answers[
-            (answers["model"] == name) & (answers["decoding"] == "sampled") & (answers["split"] != "judge")
-        ]
+        own = answers[(answers["model"] == name) & (answers["decoding"] == "sampled")]
         lengths = own["response_ids"].map(len)
         metrics[name] = {"tokens": float(lengths.mean()), "ended": float(own["ended"].mean())}
     write_json(root / REPORTS / "metrics.json", round_floats(metrics))
-    print(f"wrote data/answers.parquet: {len(answers)} answers; data/best_of_n.parquet: {len(candidates)}")
+    print(f"wrote data/answers.parquet: {len(answers)} answers; data/base_answers.parquet: {len(base_answers)}")
     print(f"wrote {REPORTS}/samples.json, samples.md, metrics.json")
-    tokens = sum(len(ids) for table in (answers, candidates) for ids in table["response_ids"])
+    tokens = int(everything["response_ids"].map(len).sum())
     return {"tokens": tokens, "device": device.type, "precision": precision}
 
 
@@ -154,10 +167,10 @@ def seed_of(seed: int, purpose: str) -> int:
     return int(generator(seed, purpose).integers(2**32))
 
 
-def as_table(asked: pd.DataFrame, answers: list[Answer]) -> pd.DataFrame:
-    """`asked` with response_ids, text and ended."""
-    columns = {"response_ids": [answer.ids for answer in answers], "text": [answer.text for answer in answers]}
-    return asked.assign(**columns, ended=[answer.ended for answer in answers]).reset_index(drop=True)
+def repeated(asked: pd.DataFrame, count: int, use: str) -> pd.DataFrame:
+    """`asked`, each prompt `count` times, to be sampled."""
+    candidates = list(range(count)) * len(asked)
+    return asked.loc[asked.index.repeat(count)].assign(decoding="sampled", use=use, candidate=candidates)
 
 
 def read(
@@ -172,28 +185,24 @@ def read(
 
 
 def gallery(
-    answers: pd.DataFrame,
-    heldout: pd.DataFrame,
-    first_answers: dict[tuple[str, str], list[Answer]],
-    count: int,
-    seed: int,
+    first: pd.DataFrame, answers: pd.DataFrame, heldout: pd.DataFrame, count: int, seed: int
 ) -> list[dict]:
     """samples.json: the first prompt, then `count` others of the held-out ones, drawn by `seed`."""
     others = heldout[heldout["prompt"] != FIRST_PROMPT]
     others = others.iloc[draw(len(others), count, seed, "gallery")]
     prompts = [{"prompt": FIRST_PROMPT, "prompt_id": None}, *others[["prompt", "prompt_id"]].to_dict("records")]
     found = {}
-    for (model, decoding), first in first_answers.items():
-        own = answers[(answers["model"] == model) & (answers["decoding"] == decoding)].set_index("prompt_id")
-        rows = own.loc[others["prompt_id"]].itertuples()
-        found[model, decoding] = [*first, *(Answer(row.response_ids, row.text, row.ended) for row in rows)]
+    for (model, decoding), own in first.groupby(["model", "decoding"], sort=False):
+        measured = answers[(answers["model"] == model) & (answers["decoding"] == decoding)].set_index("prompt_id")
+        rows = pd.concat([own, measured.loc[others["prompt_id"]]]).itertuples()
+        found[str(model), str(decoding)] = [Answer(row.response_ids, row.text, row.ended) for row in rows]
     return gallery_entries(prompts, found)
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    columns = {name: table[name].tolist() for name in table if name not in ("prompt", "input_ids")}
-    types = {"response_ids": pa.list_(pa.int32()), "prompt_id": pa.int64()}
-    write_parquet(path, {name: pa.array(values, types.get(name)) for name, values in columns.items()})
+    types = {"response_ids": pa.list_(pa.int32()), "prompt_id": pa.int64(), "candidate": pa.int64()}
+    columns = {name: pa.array(table[name].tolist(), types.get(str(name))) for name in table}
+    write_parquet(path, columns)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Score every answer with the reward model and the judge: the scorecard, a verdict on each model, the frontier.
 
-Reads   data/answers.parquet, data/best_of_n.parquet, data/courses/{dpo,ppo}.parquet
+Reads   data/answers.parquet, data/base_answers.parquet, data/courses/{dpo,ppo}.parquet
         data/tokenized/pairs_heldout.parquet         the preferred answers, cut where the models' are
         data/tokenized/prompts_{heldout,eval,judge}.parquet
         models/base, models/reward, models/judge
@@ -69,23 +69,21 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
 
     # 1. all texts under reward model and judge
     answers = pd.concat([read_table(root / "data/answers.parquet"), preferred_answers(root)], ignore_index=True)
-    candidates = read_table(root / "data/best_of_n.parquet")
+    several = read_table(root / "data/base_answers.parquet")
     courses = {name: read_table(root / f"data/courses/{name}.parquet") for name in TRAINED}
-    tables = [answers, candidates, *courses.values()]
+    tables = [answers, several, *courses.values()]
     scored, tokens = score(root, tables, params.micro_batch_tokens, device, precision)
-    answers, candidates, *looks = scored
+    answers, several, *looks = scored
     courses = dict(zip(courses, looks, strict=True))
 
     # 2. the scorecard and the verdicts
-    of_judge = answers["split"] == "judge"
-    to_judge, answers = answers[of_judge], answers[~of_judge]
     rows = round_floats(scorecard(answers, how))
     ranges = preferred_ranges(answers, how)
     card = pd.DataFrame(rows)
     verdicts = {model: verdict(card, model, ranges) for model in TRAINED}
 
     # 3. the frontier
-    points = frontier_of(answers, to_judge, candidates, courses, how)
+    points = frontier_of(answers, several, courses, how)
 
     write_history(root / REPORTS / "scorecard.csv", rows)
     write_json(root / REPORTS / "verdicts.json", {model: vars(found) for model, found in verdicts.items()})
@@ -161,8 +159,7 @@ def score(
 
 def frontier_of(
     answers: pd.DataFrame,
-    to_judge: pd.DataFrame,
-    candidates: pd.DataFrame,
+    several: pd.DataFrame,
     courses: dict[str, pd.DataFrame],
     how: Resampling,
 ) -> list[dict]:
@@ -171,9 +168,10 @@ def frontier_of(
     own = {model: sampled[sampled["model"] == model] for model in MODELS}
     points = [frontier.final(MODELS[model], table, own["base"], how) for model, table in own.items()]
     for model, looks in courses.items():
-        points += frontier.course(f"{MODELS[model]}'s course", looks, to_judge, how)
-    several = candidates.pivot(index="prompt_id", columns="candidate", values=["score", "judge"])
-    return points + frontier.best_of_n(several["score"].to_numpy(), several["judge"].to_numpy(), how)
+        points += frontier.course(f"{MODELS[model]}'s course", looks, several[several["use"] == "opponent"], how)
+    candidates = several[several["use"] == "best of n"]
+    values = [candidates.pivot(index="prompt_id", columns="candidate", values=name) for name in ("score", "judge")]
+    return points + frontier.best_of_n(*(table.to_numpy() for table in values), how)
 
 
 def scores_of(answers: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """The stage on tiny models: what it writes, that it repeats, and log-probs that are those of the definition."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -54,7 +55,7 @@ def root(tiny_base, tiny_model, tokenizer):
 
 
 def written(root):
-    names = ("data/answers.parquet", "data/best_of_n.parquet")
+    names = ("data/answers.parquet", "data/base_answers.parquet")
     names += tuple(f"reports/sample_responses/{name}" for name in ("samples.json", "samples.md", "metrics.json"))
     return {name: (root / name).read_bytes() for name in names}
 
@@ -68,12 +69,26 @@ def test_who_answers_what(root):
     for model in ("base", "dpo", "ppo"):
         expected |= {(model, decoding, "heldout"): [0, 1, 2, 3, 4, 5] for decoding in ("greedy", "sampled")}
         expected[model, "sampled", "eval"] = [6, 7]
-    assert asked == expected | {("base", "sampled", "judge"): LOOKED_AT}
+    assert asked == expected
     assert (answers["response_ids"].map(len) <= 6).all()
-    candidates = pd.DataFrame(read_parquet(root / "data/best_of_n.parquet"))
-    assert candidates.groupby("prompt_id")["candidate"].agg(list).tolist() == [list(range(17))] * 2
-    several = candidates[candidates["candidate"] < 2]["response_ids"].map(tuple)
-    assert several.nunique() == len(several)  # each candidate has random numbers of its own
+    several = pd.DataFrame(read_parquet(root / "data/base_answers.parquet"))
+    asked = several.groupby(["use", "prompt_id"])["candidate"].agg(list)
+    assert asked["best of n"].tolist() == [list(range(17))] * 2
+    assert asked["opponent"].to_dict() == {prompt_id: [0, 1, 2, 3] for prompt_id in LOOKED_AT}
+    few = several[several["candidate"] < 2]["response_ids"].map(tuple)
+    assert few.nunique() == len(few)  # each has random numbers of its own
+
+
+def test_models_that_are_alike_answer_alike(root):
+    """The same random numbers for all, whatever else the base is asked."""
+    for name in ("dpo", "ppo"):
+        shutil.copytree(root / "models/base", root / "models" / name, dirs_exist_ok=True)
+    main(BASE, PARAMS, root)
+    answers = pd.DataFrame(read_parquet(root / "data/answers.parquet"))
+    texts = [answers[answers["model"] == name]["text"].tolist() for name in ("base", "dpo", "ppo")]
+    assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) > 5
+    for sample in json.loads((root / "reports/sample_responses/samples.json").read_text()):
+        assert sample["answers"]["base"] == sample["answers"]["dpo"] == sample["answers"]["ppo"]
 
 
 def test_the_gallery_shows_the_measured_answers_and_the_first_prompt_in_full(root):
@@ -131,7 +146,8 @@ def test_log_probs_are_those_of_the_definition_at_the_sampling_temperature(root,
 def test_fewer_held_out_prompts_than_asked_for_are_all_taken(root):
     main(BASE, PARAMS.replace(gallery_prompts=50, best_of_n_prompts=50), root)
     assert len(json.loads((root / "reports/sample_responses/samples.json").read_text())) == len(PROMPTS["heldout"])
-    assert len(read_parquet(root / "data/best_of_n.parquet")["prompt_id"]) == 17 * len(PROMPTS["heldout"])
+    of_base = read_parquet(root / "data/base_answers.parquet")["use"]
+    assert of_base.count("best of n") == 17 * len(PROMPTS["heldout"])
 
 
 def test_no_held_out_prompt_is_an_error(root):

@@ -60,13 +60,15 @@ def root(tokenizer, tmp_path_factory):
     rows = []
     for number, model in enumerate(("base", "dpo", "ppo")):
         asked = [("greedy", "heldout"), ("sampled", "heldout"), ("sampled", "eval")]
-        for decoding, split in asked + [("sampled", "judge")] * (model == "base"):
+        for decoding, split in asked:
             for i in PROMPTS[split]:
                 row = answer(number, i) | {"model": model, "decoding": decoding, "split": split}
                 rows.append(row | {"logp": -9.0 + number, "base_logp": -9.0, "entropy": 1.0})
     write_parquet(root / "data/answers.parquet", {name: [row[name] for row in rows] for name in rows[0]})
-    rows = [answer(k, i) | {"candidate": k, "split": "heldout"} for i in (1, 3) for k in range(17)]
-    write_parquet(root / "data/best_of_n.parquet", {name: [row[name] for row in rows] for name in rows[0]})
+    several = {"best of n": ((1, 3), 17), "opponent": (PROMPTS["judge"], 4)}
+    rows = [answer(k, i) | {"use": use} for use, (asked, n) in several.items() for i in asked for k in range(n)]
+    rows = [row | {"candidate": k % 17, "split": "any"} for k, row in enumerate(rows)]
+    write_parquet(root / "data/base_answers.parquet", {name: [row[name] for row in rows] for name in rows[0]})
     for number, model in enumerate(("dpo", "ppo")):
         rows = [
             answer(step + number, i) | {"step": step, "episode": 8 * step, "logp": -9.0 + step, "ref_logp": -9.0}

@@ -65,10 +65,10 @@ def test_a_course_has_a_point_a_look():
             "judge": [0.0, 0.0, 1.0, 2.0],
         }
     )
-    base = pd.DataFrame({"prompt_id": [8, 7], "judge": [2.0, 0.0]})
-    first, second = frontier.course("DPO", looks, base, HOW)
+    opponents = pd.DataFrame({"prompt_id": [8, 7, 8, 7], "judge": [2.0, 0.0, 2.0, -1.0]})
+    first, second = frontier.course("DPO", looks, opponents, HOW)
     assert (first["series"], first["step"], first["kl"], first["sqrt_kl"]) == ("DPO", 0, -0.5, 0.0)
-    assert (first["score"], first["win_rate"]) == (1.5, 0.25)  # a tie and a loss
+    assert (first["score"], first["win_rate"]) == (1.5, 0.375)  # a tie and a win, and two losses
     assert (second["kl"], second["sqrt_kl"]) == (3.0, math.sqrt(3))
-    assert (second["score"], second["win_rate"]) == (4.0, 0.75)
+    assert (second["score"], second["win_rate"]) == (4.0, 0.75)  # two wins, and two ties
     assert second["win_rate_low"] < 0.75 < second["win_rate_high"]

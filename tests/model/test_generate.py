@@ -105,6 +105,13 @@ def test_each_prompt_may_have_its_own_budget(lively_model, tokenizer):
     assert cut == [answer[:budget] for answer, budget in zip(full, budgets, strict=True)]
 
 
+def test_each_prompt_may_have_its_own_temperature(lively_model, tokenizer):
+    greedy, warm, hot = (run(lively_model, tokenizer, temperature=heat) for heat in (None, 0.7, 1.5))
+    mixed = run(lively_model, tokenizer, temperature=[None, 0.7, 0.7, None, 1.5])
+    assert mixed == [greedy[0], warm[1], warm[2], greedy[3], hot[4]]
+    assert len({tuple(answers[4]) for answers in (greedy, warm, hot)}) == 3
+
+
 def test_the_model_given_is_left_as_it_was(tiny_model, tokenizer):
     tiny_model.train()
     before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
@@ -191,7 +198,14 @@ def test_a_flat_distribution_widens_the_search_for_the_nucleus():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"prompts": [[1], []]}, {"new": 0}, {"new": [1]}, {"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.0}],
+    [
+        {"prompts": [[1], []]},
+        {"new": 0},
+        {"new": [1]},
+        {"temperature": 0.0},
+        {"temperature": [0.7]},
+        {"temperature": 1.0, "top_p": 0.0},
+    ],
 )
 def test_bad_arguments_are_refused(tiny_model, tokenizer, bad):
     with pytest.raises(ValueError):

@@ -35,21 +35,20 @@ def final(series: str, answers: pd.DataFrame, base: pd.DataFrame, how: Resamplin
     return row(series, math.nan, kl, score, Interval(0.5, None, None) if series == MODELS["base"] else won)
 
 
-def course(series: str, looks: pd.DataFrame, base: pd.DataFrame, how: Resampling) -> list[dict]:
+def course(series: str, looks: pd.DataFrame, opponents: pd.DataFrame, how: Resampling) -> list[dict]:
     """A training's looks, a point each.
 
     Args:
         looks: step, prompt_id, logp, ref_logp, score, judge; one answer per step and prompt.
-        base: prompt_id, judge of the base's answers to the same prompts.
+        opponents: prompt_id, judge; of the base's answers to the same prompts, of which all count alike.
     """
-    judged = looks.merge(
-        base[["prompt_id", "judge"]], on="prompt_id", how="left", suffixes=("", "_base"), validate="m:1"
-    )
+    of_prompt = {prompt_id: own.to_numpy() for prompt_id, own in opponents.groupby("prompt_id")["judge"]}
     points = []
-    for step, look in judged.groupby("step"):
-        won = win_rate(wins(look["judge"], look["judge_base"]), how.confidence)
+    for step, look in looks.groupby("step"):
+        won = [wins(judge, of_prompt[i]).mean() for judge, i in zip(look["judge"], look["prompt_id"], strict=True)]
         kl = float((look["logp"] - look["ref_logp"]).mean())
-        points.append(row(series, step, kl, mean_interval(look["score"], None, **vars(how)), won))
+        score, won = (mean_interval(values, None, **vars(how)) for values in (look["score"], np.array(won)))
+        points.append(row(series, step, kl, score, won))
     return points
 
 

@@ -58,7 +58,7 @@ def generate(
     max_new_tokens: int | Sequence[int],
     device: torch.device,
     precision: str,
-    temperature: float | None = None,
+    temperature: float | None | Sequence[float | None] = None,
     top_p: float = 1.0,
     seed: int = 0,
     uniforms: Tensor | None = None,
@@ -78,7 +78,7 @@ def generate(
     Args:
         prompt_ids: N lists of token ids, generation header included.
         max_new_tokens: for all, or one for each prompt.
-        temperature: None is greedy; else logits are divided by it.
+        temperature: None is greedy; else logits are divided by it. For all, or one for each prompt.
         top_p: nucleus sampling (arXiv:1904.09751): the fewest likeliest tokens that reach this probability.
         uniforms: (N, longest budget) the uniform numbers themselves, in place of those of `seed`.
         progress: label of a progress bar, None for no bar.
@@ -93,8 +93,12 @@ def generate(
     budgets = [max_new_tokens] * len(prompt_ids) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if len(budgets) != len(prompt_ids) or not all(prompt_ids) or min(budgets, default=1) < 1:
         raise ValueError("each prompt needs at least one token and a budget of at least one new token")
-    if temperature is not None and not (temperature > 0 and 0 < top_p <= 1):
-        raise ValueError(f"temperature {temperature} must be positive and top_p {top_p} within (0, 1]")
+    alike = temperature is None or isinstance(temperature, (int, float))
+    temperatures = [temperature] * len(prompt_ids) if alike else list(temperature)
+    if len(temperatures) != len(prompt_ids) or not all(each is None or each > 0 for each in temperatures):
+        raise ValueError(f"temperature {temperature} must be positive, or one such or None for each prompt")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} must lie within (0, 1]")
     if uniforms is None:
         generator = torch.Generator().manual_seed(seed)
         uniforms = torch.rand(len(prompt_ids), max(budgets, default=0), generator=generator)
@@ -106,7 +110,7 @@ def generate(
     bar = tqdm(total=len(order), desc=progress, unit="answer", mininterval=2, disable=progress is None)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        _decode(model, tokenizer, prompt_ids, rows, budgets, temperature, top_p, uniforms, responses, bar)
+        _decode(model, tokenizer, prompt_ids, rows, budgets, temperatures, top_p, uniforms, responses, bar)
     bar.close()
     model.train(training)
     return responses
@@ -123,12 +127,13 @@ def in_precision(model: PreTrainedModel, precision: str) -> PreTrainedModel:
     return copied
 
 
-def sample_token(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
+def sample_token(logits: Tensor, uniform: Tensor, temperature: float | Tensor, top_p: float) -> Tensor:
     """Tokens by inverse transform: the first whose cumulative probability exceeds the uniform number.
 
     Args:
         logits: (B, V); -inf for tokens that must not appear.
         uniform: (B,) in [0, 1).
+        temperature: for all, or (B, 1).
 
     Returns:
         (B,) token ids.
@@ -177,6 +182,19 @@ def _nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     return top.masked_fill(before >= top_p, 0.0), tokens
 
 
+def _next_tokens(logits: Tensor, uniform: Tensor, temperatures: list[float | None], top_p: float) -> Tensor:
+    """(B,) tokens: the likeliest where the temperature is None, else sampled."""
+    sampled = [row for row, temperature in enumerate(temperatures) if temperature is not None]
+    if not sampled:
+        return logits.argmax(-1)
+    heat = torch.tensor([temperatures[row] for row in sampled], device=logits.device)[:, None]
+    if len(sampled) == len(temperatures):
+        return sample_token(logits, uniform, heat, top_p)
+    tokens = logits.argmax(-1)
+    tokens[sampled] = sample_token(logits[sampled], uniform[sampled], heat, top_p)
+    return tokens
+
+
 class RoomyLayer(DynamicLayer):
     """A cache layer with room to grow: a step writes one column, where DynamicLayer copies all of them."""
 
@@ -202,7 +220,7 @@ def _decode(
     prompt_ids: list[list[int]],
     rows: list[int],
     budgets: list[int],
-    temperature: float | None,
+    temperatures: list[float | None],
     top_p: float,
     uniforms: Tensor,
     responses: list[list[int]],
@@ -242,10 +260,7 @@ def _decode(
                 logits_to_keep=last,
             ).logits[:, -1]
         logits[:, tokenizer.pad_token_id] = -torch.inf
-        if temperature is None:
-            tokens = logits.argmax(-1)
-        else:
-            tokens = sample_token(logits, uniforms[rows, step], temperature, top_p)
+        tokens = _next_tokens(logits, uniforms[rows, step], [temperatures[i] for i in rows], top_p)
         answered = tokens.tolist()
         for place in going:
             responses[rows[place]].append(answered[place])
