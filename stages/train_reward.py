@@ -35,7 +35,7 @@ from stages.lib.run.stage import run_stage
 
 SIDES = ("chosen", "rejected")
 PAIR_REPEATS = 2  # of every pair among its hard negatives, of which each kind stands once
-CHUNK = 128  # texts between two chances to save their features
+CHUNK = 256  # texts between two chances to save their features
 HISTORY = ["loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"]  # TRL 1.16's own names
 
 
@@ -95,26 +95,24 @@ def features_of(
 ) -> dict[str, Dataset]:
     """The pairs of each table with chosen_features and rejected_features (H,) beside their ids.
 
-    Every different text is read once: a chosen answer is that of its pair and of all copies that lose to it.
+    Every different text is read once, a chosen answer being that of its pair and of all copies that lose to it; in
+    sorted order, so that those that begin alike meet in a chunk.
     """
-    texts: dict[tuple[int, ...], int] = {}
-    places = {
-        (split, side): [texts.setdefault(tuple(ids), len(texts)) for ids in pairs[f"{side}_ids"]]
-        for split, pairs in columns.items()
-        for side in SIDES
-    }
-    different = [list(ids) for ids in texts]
+    sides = {(split, side): pairs[f"{side}_ids"] for split, pairs in columns.items() for side in SIDES}
+    different = sorted({tuple(ids) for texts in sides.values() for ids in texts})
+    place_of = {text: place for place, text in enumerate(different)}
     features = checkpoints.load().get("features", torch.empty(0, model.config.hidden_size))
     starts = range(len(features), len(different), CHUNK)
     for start in tqdm(starts, "features", unit=f"{CHUNK} texts", disable=not starts):
-        chunk = different[start : start + CHUNK]
+        chunk = [list(ids) for ids in different[start : start + CHUNK]]
         chunk = pooled_features(model, chunk, params.micro_batch_tokens, precision)
         features = torch.cat([features, chunk])
         checkpoints.save_if_due(features=features)
     datasets = {}
     for split, pairs in columns.items():
         ids = {f"{side}_ids": pairs[f"{side}_ids"] for side in SIDES}
-        read = {f"{side}_features": features[places[split, side]].numpy() for side in SIDES}
+        places = {side: [place_of[tuple(ids)] for ids in sides[split, side]] for side in SIDES}
+        read = {f"{side}_features": features[places[side]].numpy() for side in SIDES}
         datasets[split] = Dataset.from_dict(ids | read).with_format("torch")
     return datasets
 
@@ -266,8 +264,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         for kind, accuracy in metrics["by_kind"].items():
             if accuracy < 0.5:
                 print(
-                    f"warning: the reward model prefers a corrupted copy ({kind}) to the answer itself in "
-                    f"{1 - accuracy:.0%} of held-out cases, and PPO will be paid for it"
+                    f"warning: the reward model prefers the worse side of the held-out pairs made by '{kind}' in "
+                    f"{1 - accuracy:.0%} of cases, and PPO will be paid for it"
                 )
     tokens = sum(
         len(ids) for split in columns.values() for side in ("chosen_ids", "rejected_ids") for ids in split[side]

@@ -90,7 +90,7 @@ def test_hard_negatives_are_learnt_from_and_accuracy_is_told_by_kind(root, capsy
         by_kind[hard] = metrics["by_kind"]
         told = capsys.readouterr().out
         for kind, accuracy in metrics["by_kind"].items():
-            assert (f"prefers a corrupted copy ({kind})" in told) == (accuracy < 0.5)
+            assert (f"pairs made by '{kind}' in" in told) == (accuracy < 0.5)
         pairs = 22 * 2 + 44 if hard else 22  # every pair twice, and two copies of it
         assert metrics["steps"] == 20 * math.ceil(pairs / 4) and metrics["hard_negatives"] == 44 * hard
     assert set(by_kind[True]) == {"loop", "shuffle"}
