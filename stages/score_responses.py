@@ -6,6 +6,7 @@ Reads   data/answers.parquet, data/base_answers.parquet, data/courses/{dpo,ppo}.
         models/base, models/reward, models/judge
         reports/sample_responses/metrics.json        the limit in tokens
         reports/train_reward/heldout_scores.csv      for the picture of scores
+        reports/train_ppo/metrics.json               the unit of its scores, its penalty and its price of KL
         params.yaml: analyze_logps.confidence and bootstrap_samples, those of every interval
 Writes  reports/score_responses/scorecard.csv        model, decoding, measure, mean and change with intervals
         reports/score_responses/verdicts.json        per model: verdict and reasons
@@ -45,7 +46,7 @@ from stages.lib.run.params import Base, Section, load_params
 from stages.lib.run.stage import run_stage
 
 TRAINED = ("dpo", "ppo")
-TILES = ("score", "kl", "rep_4", "tokens", "ended", "emoji", "win_rate", "win_rate_lc")
+TILES = ("score", "objective", "kl", "rep_4", "tokens", "ended", "emoji", "win_rate", "win_rate_lc")
 REPORTS = Path("reports/score_responses")
 
 
@@ -77,6 +78,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     courses = dict(zip(courses, looks, strict=True))
 
     # 2. the scorecard and the verdicts
+    answers["objective"] = objective(answers, read_json(root / "reports/train_ppo/metrics.json"))
     rows = round_floats(scorecard(answers, how))
     ranges = preferred_ranges(answers, how)
     card = pd.DataFrame(rows)
@@ -157,6 +159,17 @@ def score(
     return scored, sum(map(len, asked)) + sum(map(len, said))
 
 
+def objective(answers: pd.DataFrame, ppo: dict) -> pd.Series:
+    """What PPO maximises, of each sampled answer; NaN for others, and where its reference is not the base.
+
+    The score in the unit of its training, less the penalty of an answer that did not end and the price of its KL.
+    """
+    score = (answers["score"] - ppo["score_mean"]) / ppo["score_std"]
+    kl = answers["logp"] - answers["base_logp"]
+    value = score - ppo["missing_eos_penalty"] * ~answers["ended"].astype(bool) - ppo["kl_coef"] * kl
+    return value.where((answers["decoding"] == "sampled") & (ppo["policy"] == "base"))
+
+
 def frontier_of(
     answers: pd.DataFrame,
     several: pd.DataFrame,
@@ -189,7 +202,7 @@ def summary(
     for model, found in verdicts.items():
         rows = card[(card["model"] == model) & (card["decoding"] == "sampled")].set_index("measure")
         metrics[model] = {"verdict": found.word}
-        metrics[model] |= {name: float(rows.loc[name, "mean"]) for name in TILES}
+        metrics[model] |= {name: float(rows.loc[name, "mean"]) for name in TILES if name in rows.index}
         greedy = card[(card["model"] == model) & (card["decoding"] == "greedy") & (card["measure"] == "rep_4")]
         metrics[model]["greedy_rep_4"] = float(greedy["mean"].iloc[0])
     return metrics

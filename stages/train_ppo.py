@@ -312,7 +312,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
                 put_back(policy.model, state["best"] if kept else dict(load_causal_lm(start).named_parameters()))
             save_model(policy.model, tokenizer, root / "models/ppo")
             course.write(root / "data/courses/ppo.parquet")
-            write_reports(root, state, kept, collapsed)
+            write_reports(root, params, state, kept, collapsed)
     return {
         "tokens": state["tokens"],
         "device": device.type,
@@ -446,7 +446,9 @@ def put_back(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
         parameter.copy_(weights[name])
 
 
-def write_reports(root: Path, state: dict[str, Any], kept: int | None, collapsed: str | None) -> None:
+def write_reports(
+    root: Path, params: Params, state: dict[str, Any], kept: int | None, collapsed: str | None
+) -> None:
     reports = root / "reports/train_ppo"
     history, looks = state["history"], state["evaluations"]
     write_history(reports / "history.csv", round_floats(history, 8))
@@ -457,6 +459,9 @@ def write_reports(root: Path, state: dict[str, Any], kept: int | None, collapsed
         "updates": len(history),
         "kept_update": len(history) if kept is None else kept,
         "stopped_early": collapsed,
+        "policy": params.policy,
+        "missing_eos_penalty": params.missing_eos_penalty,
+        "kl_coef": state["kl_coef"],
         "score_mean": state["score_scale"][0],
         "score_std": state["score_scale"][1],
         "objective_start": looks[0]["objective"],

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.support.example_reports import example_tables
 BASE = Base(seed=5, precision="fp32")
 PARAMS = Params(micro_batch_tokens=512)
 LIMIT = 6
+PPO = {"policy": "base", "score_mean": 1.0, "score_std": 2.0, "missing_eos_penalty": 0.5, "kl_coef": 0.1}
 PROMPTS = {"heldout": range(0, 5), "eval": range(5, 8), "judge": range(8, 11)}
 WORDS = ["I wake up at seven", "Why not? I do!", "As an AI, I cannot", "Tea 🙂 tea 🙂", "no no no no no no no"]
 
@@ -83,6 +85,7 @@ def root(tokenizer, tmp_path_factory):
     pairs |= {"prompt_input_ids": [prompts[i] for i in pairs["prompt_id"]], "chosen_input_ids": chosen}
     write_parquet(root / "data/tokenized/pairs_heldout.parquet", pairs | {"rejected_input_ids": chosen})
     write_json(root / "reports/sample_responses/metrics.json", {"max_new_tokens": LIMIT})
+    write_json(root / "reports/train_ppo/metrics.json", PPO)
     path = root / "reports/train_reward/heldout_scores.csv"
     path.parent.mkdir(parents=True)
     pd.DataFrame(example_tables()["train_reward/heldout_scores.csv"]).to_csv(path, index=False)
@@ -190,6 +193,22 @@ def test_one_confidence_for_every_interval(root, scored):
         )
     (root / "params.yaml").write_text(text)
     assert all(wide > 1.5 * narrow for wide, narrow in zip(width[0.95], width[0.5], strict=True))
+
+
+def test_ppos_objective_worked_example():
+    answers = pd.DataFrame(
+        {
+            "decoding": ["sampled", "sampled", "greedy", "data"],
+            "score": [3.0, 1.0, 3.0, 3.0],
+            "ended": [True, False, True, True],
+            "logp": [-6.0, -5.0, -6.0, np.nan],
+            "base_logp": [-8.0, -4.0, -8.0, np.nan],
+        }
+    )
+    # (3 - 1) / 2 - 0.1 * 2 and (1 - 1) / 2 - 0.5 - 0.1 * -1
+    found = stage.objective(answers, PPO).tolist()
+    assert found[:2] == pytest.approx([0.8, -0.4]) and np.isnan(found[2:]).all()
+    assert stage.objective(answers, PPO | {"policy": "dpo"}).isna().all()
 
 
 def test_texts_are_read_once(root, monkeypatch):

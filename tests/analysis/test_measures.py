@@ -26,6 +26,7 @@ def answers(texts: list[str], **columns) -> pd.DataFrame:
         "entropy": 1.0,
         "score": 0.0,
         "judge": 0.0,
+        "objective": 0.5,
     }
     return pd.DataFrame(table | columns)
 
@@ -39,9 +40,11 @@ def test_measures_of_two_answers():
         base_logp=[-8.0, -1.0],
         entropy=[1.5, 0.5],
         score=[2.0, -1.0],
+        objective=[0.7, -0.3],
     )
     assert {name: values_of(table, name).tolist() for name in (*MEANS, *SHARES)} == {
         "score": [2, -1],
+        "objective": [0.7, -0.3],
         "kl": [2.0, -0.5],
         # 10 words, 7 4-grams: so-good-so-good twice, the others once
         "rep_4": [pytest.approx(1 / 7), 0],

@@ -20,9 +20,10 @@ def one_of_each(count: int = 6) -> pd.DataFrame:
             texts = [" ".join(WORDS[: i + 4 + longer]) for i in range(count)]
             ids = [[9] * len(text.split()) for text in texts]
             table = answers(texts, model=model, decoding=decoding, response_ids=ids, judge=1.0 + longer)
+            table["objective"] = 0.5 if decoding == "sampled" else np.nan
             parts.append(table.sample(frac=1, random_state=longer))  # in no order
     preferred = answers(["Yes 🎉"] * 2 + ["No"] * 2, model="chosen", decoding="data", judge=[0.0, 1.0, 2.0, 3.0])
-    missing = dict.fromkeys(("logp", "base_logp", "entropy"), np.nan)
+    missing = dict.fromkeys(("logp", "base_logp", "entropy", "objective"), np.nan)
     return pd.concat([*parts, preferred.assign(**missing)], ignore_index=True)
 
 
@@ -31,8 +32,10 @@ def test_every_model_and_decoding_has_its_measures():
     table = rows.set_index(["model", "decoding", "measure"]).sort_index()
     assert table.index.is_unique
     count = rows.groupby(["model", "decoding"]).size()
-    assert count["base", "sampled"] == 12 and count["base", "greedy"] == 10  # greedy: no KL, no entropy
-    assert count["dpo", "sampled"] == 14 and count["dpo", "greedy"] == 12  # and two win rates
+    assert (
+        count["base", "sampled"] == 13 and count["base", "greedy"] == 10
+    )  # greedy: no KL, no entropy, no objective
+    assert count["dpo", "sampled"] == 15 and count["dpo", "greedy"] == 12  # and two win rates
     assert count["chosen", "data"] == 11  # nor log-probs under the base
     dpo = table.loc[("dpo", "sampled")]
     assert dpo.loc["tokens", ["mean", "change", "change_low", "change_high"]].tolist() == [7.5, 1, 1, 1]

@@ -119,7 +119,9 @@ def recorded(judge: dict[str, float]) -> pd.DataFrame:
                 rows[-1] |= entry[model][decoding]
         rows.append({"model": "chosen", "decoding": "data", "prompt_id": entry["prompt_id"], "ended": True})
         rows[-1]["text"] = chosen[entry["prompt"]]
-    table = pd.DataFrame(rows).assign(split="heldout", logp=-90.0, base_logp=-90.0, entropy=1.5, score=0.0)
+    table = pd.DataFrame(rows).assign(
+        split="heldout", logp=-90.0, base_logp=-90.0, entropy=1.5, score=0.0, objective=0.0
+    )
     table["response_ids"] = table["text"].map(words_of)  # words for tokens
     return table.assign(judge=table["model"].map(judge))
 

@@ -12,7 +12,7 @@ import pandas as pd
 REPO = Path(__file__).resolve().parents[2]
 MODELS = ("base", "dpo", "ppo")
 MEASURES = ("score", "kl", "rep_4", "tokens", "entropy", "base_logp_per_token", "emoji", "exclamations", "ended")
-MEASURES += ("asks_back", "disclaimer", "distinct_2", "win_rate", "win_rate_lc")
+MEASURES += ("objective", "asks_back", "disclaimer", "distinct_2", "win_rate", "win_rate_lc")
 GROUPS = ("train_chosen", "train_rejected", "heldout_chosen", "heldout_rejected", "unseen")
 RANKERS = {"emoji": 1.0, "apostrophes": 0.99, "length_in_words": 0.93, "no_ai_phrase": 0.8, "base_log_prob": 0.4}
 PICTURES = ("densities", "ecdf", "displacement", "rankers", "margins", "score_kl")  # of analyze_logps
@@ -183,7 +183,7 @@ def example_tables() -> dict[str, list[dict[str, float]]]:
         for model in (*MODELS, "chosen")
         for decoding in (("data",) if model == "chosen" else ("greedy", "sampled"))
         for name in MEASURES
-        if not (name in ("kl", "entropy") and decoding != "sampled")
+        if not (name in ("kl", "entropy", "objective") and decoding != "sampled")
         and not (name.startswith("win_rate") and model == "base")
     ]
     frontier = [

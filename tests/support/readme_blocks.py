@@ -20,6 +20,7 @@ ROWS = (  # measure, decoding, label, digits, as a percentage
     ("win_rate", "sampled", "the judge prefers it to the base’s", 0, True),
     ("win_rate_lc", "sampled", "the same at equal length", 0, True),
     ("score", "sampled", "reward model’s score", 2, False),
+    ("objective", "sampled", "PPO’s objective: score less penalties", 2, False),
     ("kl", "sampled", "KL to the base, nats an answer", 1, False),
     ("rep_4", "greedy", "repeated 4-grams, greedy answers", 2, False),
     ("rep_4", "sampled", "repeated 4-grams, sampled answers", 3, False),

@@ -34,6 +34,7 @@ MEASURES = {  # measure: base, dpo, ppo, the preferred answers
     "win_rate": (None, 0.61, 0.55, 0.8),
     "win_rate_lc": (None, 0.58, 0.52, 0.77),
     "score": (-0.42, 0.21, 0.37, 2.9),
+    "objective": (0.02, 0.15, 0.31, None),
     "kl": (0.0, 7.3, 1.9, None),
     "rep_4": (0.01, 0.02, 0.01, 0.0),
     "entropy": (1.5, 1.1, 1.4, None),

@@ -3,7 +3,7 @@
 An answer is one row of a table: model, decoding ('greedy', 'sampled', or 'data' for the data's preferred answers),
 prompt_id, split, response_ids, text, ended, and in nats at the temperature of sampling logp (summed log-prob under
 the model that gave it), base_logp (the same under the base) and entropy (mean per token); score and judge are the
-raw outputs of the reward model and of the judge. What a row does not have is NaN.
+raw outputs of the reward model and of the judge; objective is what PPO maximises. What a row does not have is NaN.
 """
 
 from collections import Counter
@@ -33,6 +33,8 @@ from stages.lib.data.repetition import rep_n
 MEANS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
     # raw output of the reward model at the end of the turn; a cut answer is read as if it ended there
     "score": lambda answers: answers["score"],
+    # what PPO maximises: the score in the unit of its training, less its penalty for not ending and its price of KL
+    "objective": lambda answers: answers["objective"],
     # KL to the base by its k1 estimator, nats per answer: log pi(y|x) - log base(y|x), y sampled from pi
     "kl": lambda answers: (answers["logp"] - answers["base_logp"]).where(answers["decoding"] == "sampled"),
     # share of repeated word 4-grams within an answer: 1 - distinct / all
