@@ -22,6 +22,9 @@ stages:
     cmd: python -m stages.serve
     deps:
     - reports/cook/meal.csv   # still warm
+    # on a plate
+    params: [cook.salt,
+      serve]
     outs:
     - reports/index.html
 """
@@ -82,10 +85,13 @@ def test_only_code_deps_change(root):
             cmd: python -m stages.serve
             deps:
             - reports/cook/meal.csv   # still warm
+            # on a plate
             - stages/serve.py
             - stages/lib/table/card.md.jinja
             - stages/lib/table/page.html.jinja
             - stages/lib/table/plates.py
+            params: [cook.salt,
+              serve]
             outs:
             - reports/index.html
         """)

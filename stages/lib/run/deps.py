@@ -7,10 +7,8 @@ Run     python -m stages.lib.run.deps
 """
 
 import ast
-from io import StringIO
+import re
 from pathlib import Path
-
-from ruamel.yaml import YAML
 
 PROJECT = Path(__file__).resolve().parents[3]
 
@@ -55,20 +53,23 @@ def modules_imported_by(file: Path) -> set[str]:
 
 
 def with_code_deps(pipeline: str, root: Path = PROJECT) -> str:
-    """The text of dvc.yaml with the code deps each stage ought to have, after its data deps; comments stay."""
-    yaml = YAML(typ="rt")  # keeps comments, and constructs no objects
-    yaml.preserve_quotes = True
-    yaml.width = 1000  # never break a line
-    content = yaml.load(pipeline)
-    for stage, definition in content["stages"].items():
-        deps = definition["deps"]
-        for i in reversed(range(len(deps))):
-            if deps[i].startswith("stages/"):
-                del deps[i]
-        deps.extend(code_of(stage, root))
-    text = StringIO()
-    yaml.dump(content, text)
-    return text.getvalue()
+    """The text of dvc.yaml with the code deps each stage ought to have, after its data deps; all else as it stands.
+
+    Written line by line, since a YAML writer would lay out anew what is wrapped by hand. `deps` is a list of one
+    entry a line, and not the last thing that a stage has.
+    """
+    lines: list[str] = []
+    stage, in_deps = "", False
+    for line in pipeline.splitlines(keepends=True):
+        if name := re.match(r"  (\w+):", line):
+            stage = name[1]
+        if in_deps and not line.startswith(("    - ", "    #")):
+            lines += [f"    - {file}\n" for file in code_of(stage, root)]
+            in_deps = False
+        if not (in_deps and line.startswith("    - stages/")):
+            lines.append(line)
+        in_deps |= line.startswith("    deps:")
+    return "".join(lines)
 
 
 def _file_of(module: str, root: Path) -> str | None:
