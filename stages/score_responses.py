@@ -30,6 +30,7 @@ from stages.lib.analysis.names import MODELS
 from stages.lib.analysis.scorecard import CHOSEN, preferred_ranges, scorecard
 from stages.lib.analysis.stats import Resampling
 from stages.lib.analysis.verdict import Verdict, verdict
+from stages.lib.data.eos import up_to_eos
 from stages.lib.model.judge import load_judge, opinions
 from stages.lib.model.loading import freeze, load_causal_lm, load_tokenizer, pick_device, pick_precision
 from stages.lib.model.reward import closed, load_reward_model
@@ -115,17 +116,12 @@ def preferred_answers(root: Path) -> pd.DataFrame:
     tokenizer = load_tokenizer(root / "models/base")
     pairs = read_table(root / "data/tokenized/pairs_heldout.parquet").drop_duplicates("prompt_id")
     eos = tokenizer.eos_token_id
-    ids = [up_to(eos, list(chosen))[:limit] for chosen in pairs["chosen_input_ids"]]
+    ids = [up_to_eos(list(chosen), eos)[:limit] for chosen in pairs["chosen_input_ids"]]
     texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     table = pd.DataFrame({"prompt_id": pairs["prompt_id"], "response_ids": ids, "text": texts})
     table["ended"] = [each[-1] == eos for each in ids]
     table[["logp", "base_logp", "entropy"]] = np.nan
     return table.assign(model=CHOSEN, decoding="data", split="heldout")
-
-
-def up_to(eos: int, ids: list[int]) -> list[int]:
-    """The tokens up to the first EOS; what a template writes after it (a line break) is no part of the answer."""
-    return ids[: ids.index(eos) + 1] if eos in ids else ids
 
 
 def score(

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from stages.lib.data.eos import up_to_eos
 from stages.lib.run.errors import UserError
 
 Messages = list[dict[str, str]]
@@ -164,10 +165,8 @@ def closed_by_eos(prompt_ids: list[int], completion_ids: list[int], eos_token_id
     What the template writes after the EOS (SmolLM: a newline) goes: PPO's answers end at the EOS too, and a
     score is read at a sequence's last token.
     """
-    if eos_token_id in completion_ids:
-        last = len(completion_ids) - 1 - completion_ids[::-1].index(eos_token_id)
-        return prompt_ids + completion_ids[: last + 1]
-    return prompt_ids + completion_ids[:-1] + [eos_token_id]
+    turns = up_to_eos(completion_ids, eos_token_id, last=True)
+    return prompt_ids + (turns if turns[-1:] == [eos_token_id] else [*turns[:-1], eos_token_id])
 
 
 def generation_header_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
