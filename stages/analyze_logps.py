@@ -4,8 +4,7 @@ Reads   data/tokenized/pairs_{train,heldout}.parquet, unseen.parquet   the texts
         data/reference_logps                        base's log-probs of the pairs, computed once
         models/base, models/dpo, models/ppo
         data/pairs/heldout.parquet                  texts, for the one-feature rankers
-        reports/train_dpo/{history,heldout}.csv, reports/train_reward/heldout_scores.csv,
-        reports/train_ppo/history.csv
+        reports/train_dpo/{history,heldout}.csv, reports/train_reward/heldout_scores.csv
 Writes  reports/analyze_logps/logps.parquet         model, group, row, prompt_id, tokens, logp, logp_per_token
         reports/analyze_logps/metrics.json          every estimate X with X_low and X_high
         reports/analyze_logps/answer.md             the same as a paragraph
@@ -42,12 +41,7 @@ from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_stage
 
 REPORTS = Path("reports/analyze_logps")
-MEASURED = (  # under reports/
-    "train_dpo/history.csv",
-    "train_dpo/heldout.csv",
-    "train_reward/heldout_scores.csv",
-    "train_ppo/history.csv",
-)
+MEASURED = ("train_dpo/history.csv", "train_dpo/heldout.csv", "train_reward/heldout_scores.csv")  # under reports/
 
 
 class Params(Section):
@@ -142,14 +136,13 @@ def write_plots(root: Path, texts: pd.DataFrame, estimates: dict, measured: dict
         "displacement": moved.to_dict("records"),
         "rankers": [{"ranker": name} | each.as_metrics("accuracy") for name, each in accuracies.items()],
     }
-    training, heldout, _, path = (measured[name] for name in MEASURED)
+    training, heldout, _ = (measured[name] for name in MEASURED)
     pictures = {
         "densities": plots.densities(texts),
         "ecdf": plots.ecdf(texts),
         "displacement": plots.displacement(moved),
         "rankers": plots.rankers(accuracies, trained=("dpo", "ppo", "reward_model")),
         "margins": plots.margins(training, heldout),
-        "score_kl": plots.score_kl(path),
     }
     for name, rows in curves.items():
         write_history(root / REPORTS / f"{name}.csv", round_floats(rows))

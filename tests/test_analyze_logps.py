@@ -114,7 +114,7 @@ def reports(root):
 def test_the_stage_writes_what_it_promises_and_the_same_bytes_again(prepared):
     main(BASE, PARAMS, prepared)
     first = reports(prepared)
-    pictures = {"densities", "ecdf", "displacement", "rankers", "margins", "score_kl"}
+    pictures = {"densities", "ecdf", "displacement", "rankers", "margins"}
     curves = {"quantiles", "displacement", "rankers"}
     expected = {"logps.parquet", "metrics.json", "answer.md"}
     assert set(first) == expected | {f"{name}.png" for name in pictures} | {f"{name}.csv" for name in curves}

@@ -33,7 +33,6 @@ STEPS = pd.DataFrame({"step": [1, 2], "rewards/margins": [0.0, 3.0], "rewards/ac
 SCORES = pd.DataFrame({"chosen_score": [1.0, 2.0, 2.5], "rejected_score": [-1.0, 0.0, 1.0]})
 ANSWERS = pd.DataFrame({"base": [-1.0, 0.0], "dpo": [0.1, 0.3], "ppo": [0.5, 0.7]})
 FRONTIER = pd.DataFrame(example_tables()["score_responses/frontier.csv"])
-PATH = pd.DataFrame({"objective/kl": [0.0, 0.5], "objective/raw_scores": [-1.0, 0.0], "episode": [16, 32]})
 ACCURACIES = {
     "emoji": Interval(1.0, 0.9, 1.0),
     "dpo": Interval(0.97, 0.85, 0.99),
@@ -47,7 +46,6 @@ PICTURES = {
     "margins": lambda: plots.margins(STEPS, STEPS.iloc[1:]),
     "scores": lambda: plots.scores(SCORES, ANSWERS),
     "frontier": lambda: plots.frontier(FRONTIER),
-    "score_kl": lambda: plots.score_kl(PATH),
 }
 
 
@@ -102,7 +100,6 @@ def test_values_that_do_not_spread_still_draw():
         lambda: plots.ecdf(flat),
         lambda: plots.displacement(pairs(2) * [0, 0, 0, 0, 1]),
         lambda: plots.scores(same, ANSWERS.iloc[:1]),
-        lambda: plots.score_kl(PATH.iloc[:1]),
         lambda: plots.margins(STEPS.iloc[:1], STEPS.iloc[:1]),
     ):
         assert draw().startswith(b"\x89PNG")

@@ -15,7 +15,7 @@ MEASURES = ("score", "kl", "rep_4", "tokens", "entropy", "base_logp_per_token", 
 MEASURES += ("objective", "asks_back", "disclaimer", "distinct_2", "win_rate", "win_rate_lc")
 GROUPS = ("train_chosen", "train_rejected", "heldout_chosen", "heldout_rejected", "unseen")
 RANKERS = {"emoji": 1.0, "apostrophes": 0.99, "length_in_words": 0.93, "no_ai_phrase": 0.8, "base_log_prob": 0.4}
-PICTURES = ("densities", "ecdf", "displacement", "rankers", "margins", "score_kl")  # of analyze_logps
+PICTURES = ("densities", "ecdf", "displacement", "rankers", "margins")  # of analyze_logps
 SCORED_PICTURES = ("frontier", "scores")  # of score_responses
 VERDICTS = {
     "dpo": {"word": "broken", "reasons": ["greedy answers loop (rep-4 0.61, the base's 0.19)"]},

@@ -18,8 +18,6 @@ CAPTIONS = {  # picture -> what to look for
     "frontier": "Up is better, right is further from the base; a course runs as training goes on. A score that "
     "rises while the win rate does not is the reward model deceived; the judge took no part in training. "
     "Bars are confidence intervals. Best of n: what the reward model likes most among n of the base's answers.",
-    "score_kl": "Up is a higher score, right is further from the start of training. Score that grows only with KL "
-    "is bought with drift; a falling score at high KL is over-optimisation.",
 }
 
 

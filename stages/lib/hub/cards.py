@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import yaml_dump
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
+from jinja2 import UndefinedError
 from markupsafe import Markup
 
 from stages.lib.analysis import wording
@@ -19,6 +19,7 @@ from stages.lib.analysis.stats import Interval
 from stages.lib.hub.card_facts import SUFFIXES, CardError, Facts, Kind
 from stages.lib.report.plots import STAGE_OF
 from stages.lib.report.untrusted_text import escape_markdown, without_controls
+from stages.lib.run.templates import environment
 
 # the Hub's list (https://huggingface.co/docs/hub/repositories-licenses); 'other' would need a name and a text
 LICENSES = frozenset(
@@ -72,7 +73,6 @@ PICTURES: dict[Kind, list[Picture]] = {
     "ppo": _pictures(
         frontier=_FRONTIER,
         scores="Scores of chosen and rejected answers, and of each model's answers",
-        score_kl="Score against distance from the start",
         ecdf=_MOVES,
     ),
 }
@@ -227,19 +227,11 @@ def _finalize(value: Any) -> Markup:
 
 
 def _render(template: str, context: dict[str, Any]) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=_finalize,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    templates = environment(Path(__file__).parent, finalize=_finalize, keep_trailing_newline=True)
     for function in (address, count, millions, number, percent, shorten, times, trusted):
-        environment.filters[function.__name__] = function
+        templates.filters[function.__name__] = function
     try:
-        text = environment.get_template(template).render(context)
+        text = templates.get_template(template).render(context)
     except UndefinedError as error:
         raise CardError(f"{template}: {error}; is params.yaml or a report of an older run?") from error
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

@@ -289,30 +289,6 @@ def scores(pairs: pd.DataFrame, answers: pd.DataFrame) -> bytes:
         return _png(figure, "Reward-model scores", "scores")
 
 
-def score_kl(history: pd.DataFrame) -> bytes:
-    """PPO's path: score of the sampled answers against their KL to the reference (columns as in its history)."""
-    kl, score, episode = (history[name] for name in ("objective/kl", "objective/raw_scores", "episode"))
-    with matplotlib.rc_context(STYLE):
-        figure = _figure(4.6)
-        axes = figure.subplots()
-        axes.plot(kl, score, color="#b8c0cc", linewidth=1.2, zorder=1)
-        points = axes.scatter(
-            kl, score, s=52, c=episode, cmap="cividis", zorder=2, edgecolors="white", linewidths=0.6
-        )
-        for position, name in ((0, "start"), (-1, "end")):
-            axes.annotate(
-                name,
-                (kl.iloc[position], score.iloc[position]),
-                xytext=(7, 7),
-                textcoords="offset points",
-                weight="bold",
-            )
-        axes.set(xlabel="KL to the start of training (nats per answer)", ylabel="mean reward-model score")
-        axes.margins(0.09)
-        figure.colorbar(points, ax=axes, label="episodes answered")
-        return _png(figure, "PPO: score gained against distance travelled", "score_kl")
-
-
 def _figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
 

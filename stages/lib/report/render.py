@@ -6,18 +6,10 @@ has no scripts and whose content policy forbids them, as it forbids any request 
 
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from stages.lib.report.page import Page
+from stages.lib.run.templates import environment
 
 
 def render(page: Page) -> str:
     """The page as HTML."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.jinja").render(page=page)
+    return environment(Path(__file__).parent).get_template("page.html.jinja").render(page=page)

@@ -1,7 +1,7 @@
 """The code deps of every stage in dvc.yaml, from the imports of its script: `make deps` writes them.
 
 DVC follows files, not imports, so each project file that a script imports, directly or through others, has to be
-a dep of its stage. A module that imports jinja2 renders the templates beside it: they are deps as well.
+a dep of its stage. A module that renders templates has them beside it: they are deps as well.
 
 Run     python -m stages.lib.run.deps
 """
@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[3]
+
+RENDERING = frozenset({"jinja2", "stages.lib.run.templates"})
 
 # What no number, text or picture of a stage comes from: a change here reruns nothing. Neither these nor what is
 # imported through them alone is a dep. What computes, draws, reads params or writes an artefact is not among them.
@@ -36,7 +38,7 @@ def code_of(stage: str, root: Path = PROJECT) -> list[str]:
         found.add(name)
         modules = modules_imported_by(root / name)
         waiting += [file for module in modules if (file := _file_of(module, root))]
-        if any(module.partition(".")[0] == "jinja2" for module in modules):
+        if RENDERING & modules:
             found |= {file.relative_to(root).as_posix() for file in (root / name).parent.glob("*.jinja")}
     return [script, *sorted(found - {script})]
 
