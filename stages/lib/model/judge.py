@@ -143,7 +143,7 @@ def answer_means(
         (L, N, H) float32 on the CPU, in the order given.
     """
     eos = model.config.eos_token_id
-    answers = [[token for token in up_to_eos(ids, eos) if token != eos] or [eos] for ids in responses]
+    answers = [_before(eos, ids) for ids in responses]
     means = torch.empty(len(layers), len(answers), model.config.hidden_size)
     tokens = sum(map(len, prompts)) + sum(map(len, answers))
     bar = tqdm(total=tokens, desc=progress, unit="tok", unit_scale=True, disable=progress is None)
@@ -153,6 +153,10 @@ def answer_means(
             for number, hidden in enumerate(hidden_after(model.get_decoder(), batch, layers)):
                 means[number, group] = _mean_of_completions(hidden, batch).cpu()
     return means
+
+
+def _before(eos_token_id: int, ids: list[int]) -> list[int]:
+    return [token for token in up_to_eos(ids, eos_token_id) if token != eos_token_id] or [eos_token_id]
 
 
 def _mean_of_completions(hidden: Tensor, batch: PackedBatch) -> Tensor:
