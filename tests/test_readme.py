@@ -74,7 +74,9 @@ def test_speed_is_that_of_the_committed_benchmark(name):
     speedup, memory = f"{result['speedup']:.1f} x", f"{100 * result['memory_ratio']:.0f} %"
     speed = " ".join(README[README.index("Against TRL") :].split())
     quoted = re.search(rf"{name.upper()} at ([\d.]+ x) .*?(\d+ %)", speed)
-    assert quoted and quoted.groups() == (speedup, memory), f"README.md, Against TRL: expected {speedup} and {memory}"
+    assert quoted and quoted.groups() == (speedup, memory), (
+        f"README.md, Against TRL: expected {speedup} and {memory}"
+    )
     assert result["date"] in README and result["machine"].split(",")[0] in README
 
 

@@ -57,7 +57,9 @@ def test_imports_are_followed_but_not_through_bookkeeping(root):
     assert code_of("cook", root) == ["stages/cook.py", "stages/lib/food/recipes.py", "stages/lib/food/salt.py"]
 
 
-@pytest.mark.parametrize("line", ["from jinja2 import Environment", "from stages.lib.run.templates import environment"])
+@pytest.mark.parametrize(
+    "line", ["from jinja2 import Environment", "from stages.lib.run.templates import environment"]
+)
 def test_templates_come_with_the_module_that_renders_them(root, line):
     (root / "stages/lib/table/plates.py").write_text(f"{line}\n")
     assert code_of("serve", root) == [
