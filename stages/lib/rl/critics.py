@@ -62,13 +62,10 @@ class FrozenCritic:
         columns = self._columns(features)
         own = returns[rollout.tokens_of(share.places)].double()
         for total, new in ((self.gram, columns.T @ columns), (self.moment, columns.T @ own)):
-            new = self.accelerator.reduce(new.to(self.accelerator.device)) if self._several else new
-            total.mul_(DECAY).add_(new.cpu())
+            if self.accelerator.num_processes > 1:
+                new = self.accelerator.reduce(new.to(self.accelerator.device)).cpu()
+            total.mul_(DECAY).add_(new)
         return {}
-
-    @property
-    def _several(self) -> bool:
-        return self.accelerator.num_processes > 1
 
     def _columns(self, features: Tensor) -> Tensor:
         """(N, H + 1): features at one length, so that no state weighs more for its size, and a 1."""

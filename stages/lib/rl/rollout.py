@@ -6,7 +6,7 @@ whole rollout in its one order, so that rewards and advantages are computed ever
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from accelerate import Accelerator
@@ -60,24 +60,19 @@ class Rollout:
         if accelerator.num_processes == 1:
             return self
         shares: list[Rollout] = gather_object([self])
-        answers = sorted(
-            ((place, share, i) for share in shares for i, place in enumerate(share.places)), key=lambda a: a[0]
+        columns = {each.name: [getattr(share, each.name) for share in shares] for each in fields(Rollout)}
+        joined = Rollout(
+            **{name: sum(c, []) if type(c[0]) is list else torch.cat(c) for name, c in columns.items()}
         )
+        order = sorted(range(len(joined.places)), key=joined.places.__getitem__)
+        tokens = joined.tokens_of(order)
 
-        def per_token(name: str) -> Tensor:
-            if not len(getattr(self, name)):
-                return getattr(self, name)
-            whole = {id(share): getattr(share, name).split(share.lengths.tolist()) for share in shares}
-            return torch.cat([whole[id(share)][i] for _, share, i in answers])
+        def in_order(values: list | Tensor) -> list | Tensor:
+            if isinstance(values, list):
+                return [values[i] for i in order]
+            return values[tokens if len(values) == len(tokens) else order] if len(values) else values
 
-        return Rollout(
-            places=[place for place, _, _ in answers],
-            prompts=[share.prompts[i] for _, share, i in answers],
-            responses=[share.responses[i] for _, share, i in answers],
-            ended=torch.stack([share.ended[i] for _, share, i in answers]),
-            raw_scores=torch.cat([share.raw_scores[i : i + 1] for _, share, i in answers]),
-            **{name: per_token(name) for name in ("logps", "entropies", "ref_logps", "values")},
-        )
+        return Rollout(**{name: in_order(getattr(joined, name)) for name in columns})
 
 
 class Actor:
