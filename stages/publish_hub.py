@@ -78,7 +78,9 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         raise UserError(f"params.yaml: publish_hub.owner is {owner}, but the token may act only for {names}")
 
     facts = read_facts(root, params, owner, base.seed)
-    folders = {kind: root / f"models/hub/{params.name}-{suffix}" for kind, suffix in SUFFIXES.items()}
+    folders: dict[Kind, Path] = {
+        kind: root / f"models/hub/{params.name}-{suffix}" for kind, suffix in SUFFIXES.items()
+    }
     size = sum(size_of(root / f"models/{kind}") for kind in SUFFIXES)
     with replaced_folder(root / "models/hub", size) as partial:
         for kind, folder in folders.items():

@@ -66,4 +66,5 @@ def preferred_ranges(answers: pd.DataFrame, how: Resampling) -> dict[str, tuple[
 def _row(model: str, decoding: str, measure: str, found: Interval, changed: Interval | None = None) -> dict:
     row = {"model": model, "decoding": decoding, "measure": measure}
     row |= {"mean": found.mean, "low": found.low, "high": found.high}
-    return row | (changed or Interval(None, None, None)).as_metrics("change")
+    no_change = dict.fromkeys(("change", "change_low", "change_high"))
+    return row | (changed.as_metrics("change") if changed else no_change)

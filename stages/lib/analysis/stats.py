@@ -282,7 +282,7 @@ def _interval(
         drawn.append(statistic(*(_resample(rng, size, n) for n in groups)))
     n = min(groups)
     # Student's quantile and the lost degree of freedom, spelt as a normal tail
-    z = math.sqrt(n / (n - 1)) * student.ppf((1 + confidence) / 2, n - 1)
+    z = math.sqrt(n / (n - 1)) * float(student.ppf((1 + confidence) / 2, n - 1))
     tail = NormalDist().cdf(-z)
     low, high = np.quantile(np.concatenate(drawn), [tail, 1 - tail])
     return Interval(estimate, float(low), float(high))

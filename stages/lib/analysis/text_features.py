@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import emoji
@@ -41,7 +41,7 @@ def count_emoji(text: str) -> int:
     return sum(map(_is_picture, emoji.emoji_list(text)))
 
 
-def _is_picture(found: dict[str, Any]) -> bool:
+def _is_picture(found: Mapping[str, Any]) -> bool:
     known = emoji.EMOJI_DATA.get(found["emoji"], {})  # a sequence of emoji that Unicode does not list has no entry
     return known.get("status") != emoji.STATUS["unqualified"] or found["emoji"] >= "\u2600"
 

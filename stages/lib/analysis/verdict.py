@@ -64,8 +64,8 @@ def verdict(scorecard: pd.DataFrame, model: str, ranges: Mapping[str, tuple[floa
         return Interval(*(None if pd.isna(value) else float(value) for value in values))
 
     def finding(measure: str, decoding: str = "sampled") -> Finding:
-        levels = (interval(each, decoding, measure, "mean", "low", "high") for each in (model, "base"))
-        return Finding(*levels, interval(model, decoding, measure, "change", "change_low", "change_high"))
+        now, base = (interval(each, decoding, measure, "mean", "low", "high") for each in (model, "base"))
+        return Finding(now, base, interval(model, decoding, measure, "change", "change_low", "change_high"))
 
     plain, at_equal_length = (
         interval(model, "sampled", name, "mean", "low", "high") for name in ("win_rate", "win_rate_lc")

@@ -7,6 +7,7 @@ import shutil
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from stages.lib.run.artefacts import NoRoomError, is_no_room, require_room
 from stages.lib.run.errors import UserError
 
+Module = TypeVar("Module", bound=nn.Module)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -127,7 +129,7 @@ def load_causal_lm(folder: Path, device: torch.device | None = None) -> PreTrain
     return model.to(device or "cpu").eval()
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: Module) -> Module:
     """Eval mode and no gradients: a reference, a reward model or a backbone."""
     return model.eval().requires_grad_(False)
 

@@ -1,6 +1,6 @@
 """What a state is worth: a linear read-out of the frozen side, or a value model of its own."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -63,7 +63,7 @@ class FrozenCritic:
         own = returns[rollout.tokens_of(share.places)].double()
         for total, new in ((self.gram, columns.T @ columns), (self.moment, columns.T @ own)):
             if self.accelerator.num_processes > 1:
-                new = self.accelerator.reduce(new.to(self.accelerator.device)).cpu()
+                new = cast(Tensor, self.accelerator.reduce(new.to(self.accelerator.device))).cpu()
             total.mul_(DECAY).add_(new)
         return {}
 

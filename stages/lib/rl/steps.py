@@ -3,32 +3,31 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from stages.lib.model.packing import micro_batches_of_process, pack, shares_prefixes
 from stages.lib.rl.rollout import Rollout
 
 #: (module's output, indices of its tokens in the rollout) to (n,) losses and (n,) statistics by name
-Losses = Callable[[Tensor | tuple[Tensor, ...], Tensor], tuple[Tensor, dict[str, Tensor]]]
+Losses = Callable[[Any, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Collapse(RuntimeError):
     """The policy is lost: its KL, its entropy or a number that is not finite says so."""
 
 
-def learning_rate_schedule(
-    name: str, optimizer: Optimizer, warmup_steps: int, num_steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
+def learning_rate_schedule(name: str, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
     """Constant, linear (to 0) or cosine (to 0) after a linear warm-up from 0."""
-    return get_scheduler(
-        "constant_with_warmup" if name == "constant" else name, optimizer, warmup_steps, num_steps
-    )
+    name = "constant_with_warmup" if name == "constant" else name
+    return cast(LambdaLR, get_scheduler(name, optimizer, warmup_steps, num_steps))
 
 
 def optimizer_step(
@@ -82,7 +81,7 @@ def optimizer_step(
             value = weight * (values.max() if name.endswith("max") else values.sum())
             before = sums.get(name, torch.zeros_like(value))
             sums[name] = torch.maximum(before, value) if name.endswith("max") else before + value
-    everywhere = accelerator.gather(torch.stack(list(sums.values()))[None])
+    everywhere = cast(Tensor, accelerator.gather(torch.stack(list(sums.values()))[None]))
     means = {
         name: (column.max() if name.endswith("max") else column.sum() / num_tokens).item()
         for name, column in zip(sums, everywhere.T, strict=True)
@@ -90,7 +89,7 @@ def optimizer_step(
     if forbidden(means):
         optimizer.zero_grad()
         return means | {"grad_norm": 0.0, "steps": 0, "skipped": 0}
-    norm = float(accelerator.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf))
+    norm = float(cast(Tensor, accelerator.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf)))
     skipped = not math.isfinite(norm)
     if skipped and accelerator.scaler is None:
         optimizer.zero_grad()
