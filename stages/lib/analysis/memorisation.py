@@ -7,6 +7,7 @@ tokens, and a column of per-token log-probs (nats) for each of base, dpo and ppo
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from numpy.typing import ArrayLike
 
 from stages.lib.analysis.stats import (
     Interval,
@@ -127,5 +128,5 @@ def _groups(texts: pd.DataFrame):
         yield group, texts.loc[texts["group"] == group]
 
 
-def _mean(values: pd.Series, part: pd.DataFrame, how: Resampling) -> Interval:
+def _mean(values: ArrayLike, part: pd.DataFrame, how: Resampling) -> Interval:
     return mean_interval(values, clusters(part), **vars(how))

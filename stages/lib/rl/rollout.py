@@ -7,6 +7,7 @@ whole rollout in its one order, so that rewards and advantages are computed ever
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -60,19 +61,19 @@ class Rollout:
         if accelerator.num_processes == 1:
             return self
         shares: list[Rollout] = gather_object([self])
-        columns = {each.name: [getattr(share, each.name) for share in shares] for each in fields(Rollout)}
-        joined = Rollout(
-            **{name: sum(c, []) if type(c[0]) is list else torch.cat(c) for name, c in columns.items()}
-        )
+        columns: dict[str, Any] = {}
+        for each in fields(Rollout):
+            parts = [getattr(share, each.name) for share in shares]
+            columns[each.name] = sum(parts, []) if isinstance(parts[0], list) else torch.cat(parts)
+        joined = Rollout(**columns)
         order = sorted(range(len(joined.places)), key=joined.places.__getitem__)
         tokens = joined.tokens_of(order)
-
-        def in_order(values: list | Tensor) -> list | Tensor:
+        for name, values in columns.items():
             if isinstance(values, list):
-                return [values[i] for i in order]
-            return values[tokens if len(values) == len(tokens) else order] if len(values) else values
-
-        return Rollout(**{name: in_order(getattr(joined, name)) for name in columns})
+                columns[name] = [values[i] for i in order]
+            elif len(values):
+                columns[name] = values[tokens if len(values) == len(tokens) else order]
+        return Rollout(**columns)
 
 
 class Actor:
