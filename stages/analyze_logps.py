@@ -25,7 +25,7 @@ from stages.lib.analysis.answer import answer
 from stages.lib.analysis.memorisation import change_quantiles, changes, displacement, levels, pair_changes, tidy
 from stages.lib.analysis.names import MODELS
 from stages.lib.analysis.stats import Resampling
-from stages.lib.data.reference import read_reference_logps
+from stages.lib.data.reference import other_precision, read_reference_logps
 from stages.lib.model.loading import freeze, load_causal_lm, pick_device, pick_precision
 from stages.lib.model.logps import completion_logps
 from stages.lib.report import plots
@@ -61,6 +61,8 @@ class Params(Section):
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     device = pick_device()
     precision = pick_precision(base.precision, device)
+    if warning := other_precision(root, precision):
+        print(f"analyze_logps: warning: {warning}")
     how = Resampling(params.bootstrap_samples, params.confidence, base.seed)
     words = pd.DataFrame(read_parquet(root / "data/pairs/heldout.parquet"))
     measured = {path: pd.read_csv(root / "reports" / path) for path in MEASURED}

@@ -73,9 +73,9 @@ def kernel_calls(monkeypatch, capability):
         assert ends is other_ends and window_size == (-1, 0)
         heads = (x.transpose(0, 1)[None] for x in (query, key, value))
         mask = block_causal(ends.diff().tolist())
-        return scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)[0].transpose(
-            0, 1
-        )
+        return scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)[
+            0
+        ].transpose(0, 1)
 
     def sdpa(query, key, value, *mask, **how):
         calls["sdpa"].append((query.shape, key.shape, how))

@@ -31,7 +31,9 @@ class OnGpu(Tensor):
         if name == "cpu":
             return out.as_subclass(Tensor)
         if OnGpu.refuses_float64 and isinstance(out, OnGpu) and out.dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64"
+            )
         return out
 
 

@@ -74,9 +74,7 @@ def packed_attention(
         if sequence_ends is None:
             sequence_ends = torch.tensor([0, *sequence_lengths], device=query.device).cumsum(0, dtype=torch.int32)
         rows = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))  # (T, H, D) each
-        output = varlen_attn(
-            *rows, sequence_ends, sequence_ends, longest, longest, window_size=(-1, 0), **flash
-        )
+        output = varlen_attn(*rows, sequence_ends, sequence_ends, longest, longest, window_size=(-1, 0), **flash)
         return output.unsqueeze(0), None
     width = query.shape[-1]
     if query.is_cuda:

@@ -89,7 +89,9 @@ class _TokenLogps(torch.autograd.Function):
             part = weight[start : start + step].to(hidden.dtype)
             # d logp / d logits = one-hot(label) - softmax(logits)
             grad_logits = torch.exp((hidden @ part.T).float() - log_normalizer[:, None]).neg_()
-            here = labels - start  # the label's column, where it lies in this slice: no index that the host must know
+            here = (
+                labels - start
+            )  # the label's column, where it lies in this slice: no index that the host must know
             inside = (here >= 0) & (here < len(part))
             grad_logits.scatter_add_(1, here.clamp(0, len(part) - 1)[:, None], inside[:, None].float())
             grad_logits = (grad_logits.mul_(grad[:, None])).to(hidden.dtype)

@@ -4,7 +4,6 @@ Under a launcher each process answers and reads its share of the prompts; `gathe
 whole rollout in its one order, so that rewards and advantages are computed everywhere and differ nowhere.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.lib.model.attention import hidden_states, use_packed_attention
-from stages.lib.model.generate import generate
+from stages.lib.model.generate import generate, in_precision
 from stages.lib.model.loading import DTYPES, autocast, cast_linear_layers, freeze, own_memory
 from stages.lib.model.logps import TokenLogps, read_answers
 from stages.lib.model.packing import PackedBatch, read_tokens
@@ -103,7 +102,7 @@ class Actor:
         self.response_length, self.micro_batch_tokens = response_length, micro_batch_tokens
         self.sampler = policy.model  # decoding is bound by reading weights: a copy in the lower precision
         if precision != "fp32":
-            self.sampler = freeze(copy.deepcopy(policy.model).to(DTYPES[precision]))
+            self.sampler = freeze(in_precision(policy.model, precision))
 
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], seed: int) -> tuple[list[int], list[list[int]]]:

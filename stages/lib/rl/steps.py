@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import get_scheduler
 
+from stages.lib.model.loading import loss_scale
 from stages.lib.model.packing import micro_batches_of_process, pack, shares_prefixes
 from stages.lib.rl.rollout import Rollout
 
@@ -57,7 +58,7 @@ def optimizer_step(
         and `skipped`, 0 or 1.
 
     Raises:
-        Collapse: the gradient is not finite. Nothing has been changed then.
+        Collapse: the gradient is not finite, and no scale of fp16's makes it so. Nothing has been changed then.
     """
     prompts, responses = rollout.prompts, rollout.responses
     num_tokens = sum(len(responses[i]) for i in answers)
@@ -91,10 +92,13 @@ def optimizer_step(
         optimizer.zero_grad()
         return means | {"grad_norm": 0.0, "steps": 0, "skipped": 0}
     norm = float(accelerator.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf))
-    skipped = not math.isfinite(norm)
-    if skipped and accelerator.scaler is None:
+    if not math.isfinite(norm) and accelerator.scaler is None:
         optimizer.zero_grad()
         raise Collapse(f"the gradient's norm is {norm}")
+    scale = loss_scale(accelerator)
     optimizer.step()  # with fp16's scaler, a step whose gradient overflowed is skipped and the scale halved
     optimizer.zero_grad()
+    skipped = loss_scale(accelerator) < scale
+    if skipped and loss_scale(accelerator) < 1:
+        raise Collapse(f"the gradient's norm is {norm}, at a loss scale below 1 too; try base.precision=fp32")
     return means | {"grad_norm": 0.0 if skipped else norm, "steps": int(not skipped), "skipped": int(skipped)}
