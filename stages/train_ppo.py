@@ -297,6 +297,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
                 checkpoints.save_if_due(state=state)
         except Collapse as collapse:
             collapsed = f"update {update} of {params.num_updates}: {collapse}"
+        if not any(row["policy/steps"] for row in history) and any(row["policy/skipped"] for row in history):
+            collapsed = collapsed or "the gradient of every step overflowed fp16; set base.precision=fp32"
         kept = (
             max((row["update"] for row in state["evaluations"] if row["kept"]), default=0)
             if params.look_every

@@ -57,8 +57,8 @@ class Checkpoints:
 
     Of several processes all load and the main one saves; asked to end, all wait for that, since a launcher ends those
     that are left as soon as one is gone. A launcher also passes a signal on to processes that have it already, so a
-    second one ends a process at once only where it is alone, and not while it saves. Where each holds only a part of the model (`sharded`, as
-    under FSDP) nothing is saved or loaded, and a killed run starts afresh.
+    second one ends a process at once only where it is alone, and not while it saves. Where each holds only a part of
+    the model (`sharded`, as under FSDP) nothing is saved or loaded, and a killed run starts afresh.
     """
 
     def __init__(self, stage: str, root: Path, base: Base, params: Section, sharded: bool = False):
