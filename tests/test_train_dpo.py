@@ -248,7 +248,9 @@ def test_a_non_finite_loss_stops_with_step_and_rows_and_leaves_the_old_model(pro
     old = project / "models/dpo/model.safetensors"
     old.parent.mkdir(parents=True)
     old.write_text("the model of an earlier run")
-    with pytest.raises(UserError, match=r"step \d+: the (loss|gradient.s norm) is (nan|inf); pairs of rows \[.*learning_rate"):
+    with pytest.raises(
+        UserError, match=r"step \d+: the (loss|gradient.s norm) is (nan|inf); pairs of rows \[.*learning_rate"
+    ):
         train_dpo.main(BASE, PARAMS.replace(learning_rate=1e8, max_grad_norm=None), project)
     assert old.read_text() == "the model of an earlier run"
     record = json.loads((project / "checkpoints/train_dpo/non_finite.json").read_text())
