@@ -39,6 +39,7 @@ from stages.lib.model.loading import (
     set_seed,
 )
 from stages.lib.model.logps import CompletionLogps, TokenLogps
+from stages.lib.model.memory import max_dial, memory_dial
 from stages.lib.model.packing import micro_batches_of_process, pack, shares_prefixes
 from stages.lib.rl.dpo import dpo_losses, implicit_rewards, ipo_losses, sft_losses
 from stages.lib.rl.looks import Course, babbles, habits
@@ -48,7 +49,7 @@ from stages.lib.run.artefacts import read_parquet, round_floats, write_history, 
 from stages.lib.run.checkpoints import Checkpoints
 from stages.lib.run.draws import draw
 from stages.lib.run.errors import UserError
-from stages.lib.run.params import Base, Section
+from stages.lib.run.params import Base, MicroBatchTokens, Section
 from stages.lib.run.stage import run_stage
 from stages.lib.run.tracking import tracked
 
@@ -72,7 +73,7 @@ class Params(Section):
     look_prompts: int = Field(gt=0)  # judge prompts answered at every look
     response_length: int = Field(gt=0)  # tokens of these answers, at most
     temperature: float = Field(gt=0)  # of sampling them
-    micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward and backward pass
+    micro_batch_tokens: MicroBatchTokens  # memory dial: tokens per forward and backward pass
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -228,6 +229,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         count = round(params.hard_negatives * len(negatives))
         train.extend(negatives, draw(len(negatives), count, base.seed, "hard_negatives"))
     model = load_causal_lm(root / "models/base", accelerator.device)
+    dial = memory_dial(params.micro_batch_tokens, 1536, model, "train_dpo", training=True)
+    reading = memory_dial(max_dial(params.micro_batch_tokens), 4096, model, "train_dpo")
     policy = CompletionLogps(model)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
@@ -250,7 +253,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
             accelerator,
             precision,
             params.response_length,
-            max(params.micro_batch_tokens, 4096),  # without a backward pass
+            reading,
         )
     with Checkpoints("train_dpo", root, base, params, sharded) as checkpoints:
         saved = checkpoints.load(
@@ -262,10 +265,13 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         evaluations: list[dict[str, float]] = saved.get("evaluations", [])
         done = len(history)
 
+        def batch(pairs: Pairs, index: list[int], train: bool, micro_batch_tokens: int) -> dict[str, float]:
+            sized = params.replace(micro_batch_tokens=micro_batch_tokens)
+            with nullcontext() if train else torch.no_grad(), use_packed_attention(model):
+                return run_batch(accelerator, policy, sized, pairs, index, train=train)
+
         def evaluate(step: int) -> None:
-            with torch.no_grad(), use_packed_attention(model):
-                index = list(range(len(heldout)))
-                metrics = run_batch(accelerator, policy, params, heldout, index, train=False)
+            metrics = dial.run(batch, heldout, list(range(len(heldout))), train=False)
             evaluations.append({"step": step, **metrics})
 
         def look(step: int, actor: Actor) -> None:
@@ -285,8 +291,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
             bar = tqdm(batches[done:], "train_dpo", num_steps, initial=done, unit="step", disable=hidden)
             for step, (epoch, index) in enumerate(bar, start=done + 1):
                 # 1. Log-probs of both completions, loss and gradients, summed over micro-batches
-                with use_packed_attention(model):
-                    metrics = run_batch(accelerator, policy, params, train, index, train=True)
+                metrics = dial.run(batch, train, index, train=True, undo=optimizer.zero_grad)
                 rows = [train.rows[i] for i in index]
                 if not math.isfinite(metrics["loss"]):
                     raise non_finite(root, step, rows, "loss", metrics)

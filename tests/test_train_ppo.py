@@ -15,9 +15,11 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import train_ppo
-from stages.lib.model import loading
+from stages.lib.model import loading, memory
 from stages.lib.model.loading import save_model
 from stages.lib.model.logps import TokenLogps
+from stages.lib.model.memory import MemoryDial
+from stages.lib.rl import steps
 from stages.lib.rl.rollout import Actor, FrozenSide
 from stages.lib.run.artefacts import read_parquet, write_parquet
 from stages.lib.run.errors import UserError
@@ -295,6 +297,23 @@ def test_a_rollout_carries_no_graph(root, monkeypatch):
     assert len(seen) == 3 and tensors and not any(tensor.requires_grad for tensor in tensors)
 
 
+@pytest.mark.parametrize("kind", ["frozen", "separate"])
+def test_out_of_memory_in_a_step_halves_the_dial_and_changes_no_result(root, monkeypatch, capsys, kind):
+    expected = run(root, KINDS[kind].replace(micro_batch_tokens=10_000))
+    pack = steps.pack
+
+    def packed(prompts, completions, *args):
+        if len(completions) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return pack(prompts, completions, *args)
+
+    monkeypatch.setattr(steps, "pack", packed)
+    monkeypatch.setattr(memory, "FEWEST", 8)
+    for one, other in zip(expected, run(root, KINDS[kind].replace(micro_batch_tokens=10_000)), strict=True):
+        assert one == pytest.approx(other, abs=5e-4)
+    assert "train_ppo: memory ran out: goes on with micro-batches of" in capsys.readouterr().out
+
+
 # options and guards
 
 
@@ -435,7 +454,7 @@ def test_a_gradient_that_no_scale_makes_finite_is_a_collapse(root, monkeypatch):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_the_sampler_keeps_its_rotary_frequencies_in_float32(precision):
     policy = TokenLogps(make_policy(), 1.0)
-    actor = Actor(policy, None, None, precision, 8, 512)
+    actor = Actor(policy, None, None, precision, 8, MemoryDial(512))
     assert {p.dtype for p in actor.sampler.parameters()} == {loading.DTYPES[precision]}
     assert torch.equal(actor.sampler.model.rotary_emb.inv_freq, policy.model.model.rotary_emb.inv_freq)
     assert actor.sampler.model.rotary_emb.inv_freq.dtype == torch.float32

@@ -15,6 +15,7 @@ from stages.lib.model.loading import autocast
 from stages.lib.model.packing import PackedBatch, packed_groups, read_tokens
 from stages.lib.run.errors import UserError
 
+GPU_SLICE_ELEMENTS = 2**25  # 128 MB: fewer, larger products; a card's cache would hold neither
 SLICE_ELEMENTS = 2**22  # logits held at a time: 16 MB in fp32, small enough for a CPU's last-level cache
 
 
@@ -101,7 +102,8 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _slice_rows(hidden: Tensor) -> int:
-    return max(1, SLICE_ELEMENTS // max(1, len(hidden)))
+    elements = GPU_SLICE_ELEMENTS if hidden.is_cuda else SLICE_ELEMENTS
+    return max(1, elements // max(1, len(hidden)))
 
 
 def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
