@@ -26,7 +26,8 @@ class Params(Section):
         return self
 
 
-GOOD = "rate: 5.0e-7\n  steps: 3\n  limit: null\n  kind: a\n  name: x\n  flags: {x: true}\n  shares: [0.5]\n  tokens: auto"
+GOOD = "rate: 5.0e-7\n  steps: 3\n  limit: null\n  kind: a\n  name: x\n  flags: {x: true}\n  shares: [0.5]"
+GOOD += "\n  tokens: auto"
 
 
 def write(root, section):
