@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -484,3 +485,25 @@ def test_fsdp_in_bf16_rounds_products_and_nothing_else(project):
     assert apart(sharded[:5]) < 1.0  # and float32 log-probs: near -1,000 those of bf16 lie 4 nats apart
     weights = load_file(project / "models/dpo/model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one(project):
+    """Two launchers that meet at one address, each with a process of its own."""
+    train_dpo.main(BASE, PARAMS.replace(learning_rate=5e-5), project)
+    single = history_of(project)
+    script = project / "script.py"
+    script.write_text(SCRIPT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+    launch = ["torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
+    launch += [f"--rdzv_endpoint={meeting}", str(script), str(project), "fp32", "ddp"]
+    environment = os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "DEVICE": "cpu"}
+    nodes = [subprocess.Popen([sys.executable, "-m", *launch], cwd=REPO, env=environment) for _ in range(2)]
+    assert [node.wait(300) for node in nodes] == [0, 0]
+    double = history_of(project)
+    assert len(double) == len(single) == 20
+    for one, two in zip(single, double, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
