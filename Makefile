@@ -11,7 +11,16 @@ PYTHONS := python3 python3.13 python3.12 python3.11 python3.14
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
 PYTHON ?= $(shell for python in $(PYTHONS); do $$python -c '$(FITS)' 2>/dev/null && { echo $$python; break; }; done)
 
-.PHONY: repro test test-all lint deps install python lock check-hub bench-dpo bench-ppo
+# TORCH_INDEX=<address or folder of wheels> make ...: PyTorch is taken from there, the CPU build for example
+TORCH_FROM = $(if $(wildcard $(TORCH_INDEX)/.),--no-index --find-links,--index-url) $(TORCH_INDEX)
+TORCH_PIN = $(shell grep '^torch==' requirements.lock)
+NVIDIA := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg)
+
+# what gpu-check measures on: data sets and models that are here already
+GPU_BASE ?= models/base
+GPU_PAIRS ?= data/pairs_embedded.jsonl
+
+.PHONY: repro test test-all lint deps install python lock check-hub bench-dpo bench-ppo gpu-check torch-build
 
 repro: install
 	$(BIN)/dvc repro
@@ -40,6 +49,13 @@ bench-dpo: install
 bench-ppo: install $(STOCK)/.installed
 	$(BIN)/python -m bench.bench_ppo --stock-python $(STOCK)/bin/python
 
+# with a CUDA card, in about ten minutes: its tests, both benchmarks, and the homework's settings on the pairs at hand
+gpu-check: install $(STOCK)/.installed
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m bench.bench_dpo --device cuda --base $(GPU_BASE)
+	$(BIN)/python -m bench.bench_ppo --device cuda --base $(GPU_BASE) --stock-python $(STOCK)/bin/python
+	grep -v hub_id recipes/homework.txt | xargs $(BIN)/dvc exp run -S fetch_pairs.path=$(GPU_PAIRS)
+
 # the last TRL with a PPOTrainer: bench-ppo compares with it
 $(STOCK)/.installed: bench/requirements-trl112.txt
 	@$(MAKE) --no-print-directory python PYTHON='$(PYTHON)'
@@ -51,9 +67,16 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.lock
 	@$(MAKE) --no-print-directory python PYTHON='$(PYTHON)'
+	@$(MAKE) --no-print-directory torch-build
 	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --progress-bar on --no-deps $(TORCH_FROM) $(TORCH_PIN))
 	$(BIN)/python -m pip install --quiet --progress-bar on -r requirements.lock
 	@touch $@
+
+# says what is about to be downloaded where it may not be wanted
+torch-build:
+	@test -n "$(TORCH_INDEX)$(NVIDIA)" -o "$$(uname -s)" != Linux || \
+	  echo "no NVIDIA driver is here, and pip is about to take PyTorch's CUDA build, about 3 GB; for the CPU build: TORCH_INDEX=<its index> make (recipes/README.md, Other machines)"
 
 # says which Python makes the environment, or what is wrong with it
 python:

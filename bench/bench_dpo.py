@@ -44,6 +44,11 @@ SEED, MAX_LENGTH = 42, 1024
 TRL_SETTINGS = ("trl_default", "trl_no_checkpointing", "trl_precomputed")  # bench/dpo_trl.py says what they change
 
 
+def tokens_or_auto(text: str) -> int | str:
+    """A number, or `auto`."""
+    return text if text == "auto" else int(text)
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     dials = read_params(REPO)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -62,13 +67,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--micro-batch-tokens",
-        type=int,
+        type=tokens_or_auto,
         default=dials["train_dpo"]["micro_batch_tokens"],
         help="ours: memory dial",
     )
     parser.add_argument(
         "--reference-micro-batch-tokens",
-        type=int,
+        type=tokens_or_auto,
         default=dials["reference_logps"]["micro_batch_tokens"],
         help="ours: memory dial of the reference pass",
     )

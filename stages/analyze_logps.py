@@ -24,9 +24,10 @@ from stages.lib.analysis.answer import answer
 from stages.lib.analysis.memorisation import change_quantiles, changes, displacement, levels, pair_changes, tidy
 from stages.lib.analysis.names import MODELS
 from stages.lib.analysis.stats import Resampling
-from stages.lib.data.reference import read_reference_logps
+from stages.lib.data.reference import other_precision, read_reference_logps
 from stages.lib.model.loading import freeze, load_causal_lm, pick_device, pick_precision
 from stages.lib.model.logps import completion_logps
+from stages.lib.model.memory import memory_dial
 from stages.lib.report import plots
 from stages.lib.run.artefacts import (
     atomic_path,
@@ -37,7 +38,7 @@ from stages.lib.run.artefacts import (
     write_parquet,
 )
 from stages.lib.run.draws import draw
-from stages.lib.run.params import Base, Section
+from stages.lib.run.params import Base, MicroBatchTokens, Section
 from stages.lib.run.stage import run_stage
 
 REPORTS = Path("reports/analyze_logps")
@@ -47,7 +48,7 @@ MEASURED = ("train_dpo/history.csv", "train_dpo/heldout.csv", "train_reward/held
 class Params(Section):
     max_train_pairs: int | None = Field(ge=1)  # training pairs drawn by seed; null: all
     max_unseen_texts: int | None = Field(ge=1)  # unseen texts drawn by seed; null: all
-    micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward pass
+    micro_batch_tokens: MicroBatchTokens  # memory dial: tokens per forward pass
     bootstrap_samples: int = Field(ge=1)  # resamples of prompts for each interval
     confidence: float = Field(gt=0, lt=1)  # of every interval
 
@@ -55,6 +56,8 @@ class Params(Section):
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     device = pick_device()
     precision = pick_precision(base.precision, device)
+    if warning := other_precision(root, precision):
+        print(f"analyze_logps: warning: {warning}")
     how = Resampling(params.bootstrap_samples, params.confidence, base.seed)
     words = pd.DataFrame(read_parquet(root / "data/pairs/heldout.parquet"))
     measured = {path: pd.read_csv(root / "reports" / path) for path in MEASURED}
@@ -66,7 +69,9 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         todo = texts[texts["base_logp"].isna()] if name == "base" else texts
         prompts, completions = todo["prompt_ids"].tolist(), todo["completion_ids"].tolist()
         model = freeze(load_causal_lm(root / "models" / name, device))
-        logps = completion_logps(model, prompts, completions, params.micro_batch_tokens, precision, name)
+        dial = memory_dial(params.micro_batch_tokens, 8192, model, "analyze_logps")
+        how = {"precision": precision, "progress": name}
+        logps = dial.run(completion_logps, model, prompts, completions, **how)
         summed = pd.Series(logps.numpy().astype(float), todo.index)
         texts[name] = (summed.combine_first(texts["base_logp"]) if name == "base" else summed) / texts["tokens"]
         tokens += sum(map(len, prompts)) + sum(map(len, completions))

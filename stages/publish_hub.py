@@ -27,7 +27,7 @@ from pydantic import model_validator
 from stages.lib.hub.card_facts import read_answers, read_example, read_hashes, read_runs
 from stages.lib.hub.cards import LANGUAGE, LICENSES, PICTURES, SUFFIXES, Facts, Kind, render_card, render_run
 from stages.lib.hub.folder import replaced_folder, size_of, take, take_model
-from stages.lib.hub.upload import Account, connect, publish_collection, publish_repository
+from stages.lib.hub.upload import Account, connect, publish_collection, publish_repository, require_own
 from stages.lib.report.files import ReportFiles
 from stages.lib.run.artefacts import sha256_of_file, write_json
 from stages.lib.run.errors import UserError
@@ -36,6 +36,7 @@ from stages.lib.run.stage import run_stage
 
 STAGES = ("fetch_base", "fetch_pairs", "corrupt_answers", "tokenize_pairs", "reference_logps", "train_dpo")
 STAGES += ("train_reward", "train_judge", "train_ppo", "sample_responses", "score_responses", "analyze_logps")
+RUN = "run.md"  # in every repository, which tells ours from others
 UNKNOWN_OWNER = "your-name"
 NUM_EXAMPLES = 4  # prompts shown on a card
 NOTES: dict[Kind, str] = {
@@ -50,6 +51,7 @@ class Params(Section):
     name: str  # repositories <owner>/<name>-dpo, -reward-model, -ppo
     owner: str | None  # user or organisation; null: the token's user
     push: bool  # upload, or only render
+    replace: bool  # also repositories that were not published from here
     license: str  # an identifier of the Hub's list
     language: str  # ISO 639
     private: dict[str, bool]  # by dpo, reward, ppo
@@ -89,7 +91,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
 
     receipt = receipt_of(folders, params)
     if account:
-        receipt |= push(account, folders, facts)
+        receipt |= push(account, folders, facts, params.replace)
     write_json(root / "reports/publish_hub/receipt.json", receipt)
     print("wrote reports/publish_hub/receipt.json" + ("" if account else ": nothing is uploaded (push: false)"))
     return {}
@@ -123,7 +125,7 @@ def render_repository(root: Path, kind: Kind, facts: Facts, folder: Path) -> Non
     if kind == "reward":
         write_json(folder / "example.json", facts.example)
     run = render_run(read_runs(facts.reports, STAGES))
-    (folder / "run.md").write_text(run, encoding="utf-8", newline="\n")
+    (folder / RUN).write_text(run, encoding="utf-8", newline="\n")
     card = render_card(kind, facts, sha256_of_file(folder / "model.safetensors"))
     (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
 
@@ -132,17 +134,22 @@ def receipt_of(folders: dict[Kind, Path], params: Params) -> dict[str, Any]:
     """What was rendered. Nothing in it changes unless a file or a parameter does, so run.md is left out."""
     repositories = {}
     for kind, folder in folders.items():
-        files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "run.md")
+        files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != RUN)
         hashes = {file.relative_to(folder).as_posix(): sha256_of_file(file) for file in files}
         repositories[folder.name] = {"model": f"models/{kind}", "private": params.private[kind], "sha256": hashes}
     return {"pushed": False, "owner": None, "repositories": repositories, "commits": {}, "collection": None}
 
 
-def push(account: Account, folders: dict[Kind, Path], facts: Facts) -> dict[str, Any]:
-    """Uploads what differs, one repository after the other, then the collection; returns the receipt's news."""
+def push(account: Account, folders: dict[Kind, Path], facts: Facts, replace: bool) -> dict[str, Any]:
+    """Uploads what differs, one repository after the other, then the collection; returns the receipt's news.
+
+    A repository that was not published from here is left as it is, and ends the run, unless `replace`.
+    """
     commits, notes = {}, {}
     for kind, folder in folders.items():
         repo_id = facts.repository(kind)
+        if not replace:
+            require_own(account.api, repo_id, RUN)
         message = f"Publish {folder.name}"
         commits[folder.name] = publish_repository(account.api, repo_id, folder, facts.private[kind], message)
         notes[repo_id] = NOTES[kind]

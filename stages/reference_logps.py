@@ -10,24 +10,24 @@ Run     dvc repro reference_logps              (untracked: python -m stages.refe
 
 from pathlib import Path
 
-from pydantic import Field
-
 from stages.lib.data.reference import FOLDER, NEGATIVES, SPLITS, fingerprint, write_reference_logps
 from stages.lib.model.loading import freeze, load_causal_lm, pick_device, pick_precision
 from stages.lib.model.logps import completion_logps
+from stages.lib.model.memory import memory_dial
 from stages.lib.run.artefacts import read_parquet, round_floats, write_json
-from stages.lib.run.params import Base, Section
+from stages.lib.run.params import Base, MicroBatchTokens, Section
 from stages.lib.run.stage import run_stage
 
 
 class Params(Section):
-    micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward pass
+    micro_batch_tokens: MicroBatchTokens  # memory dial: tokens per forward pass
 
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     device = pick_device()
     precision = pick_precision(base.precision, device)
     model = freeze(load_causal_lm(root / "models/base", device))
+    dial = memory_dial(params.micro_batch_tokens, 8192, model, "reference_logps")
 
     logps, metrics, tokens = {}, {}, 0
     for split in SPLITS:
@@ -40,9 +40,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         )
         prompts = pairs["prompt_input_ids"] * (1 if known else 2)
         completions = ([] if known else pairs["chosen_input_ids"]) + pairs["rejected_input_ids"]
-        both = completion_logps(
-            model, prompts, completions, params.micro_batch_tokens, precision, f"reference {split}"
-        ).tolist()
+        texts, how = (prompts, completions), {"precision": precision, "progress": f"reference {split}"}
+        both = dial.run(completion_logps, model, *texts, **how).tolist()
         both = [known[row] for row in pairs["row"]] + both if known else both
         count = len(pairs["row"])
         logps[split] = {

@@ -33,6 +33,7 @@ from stages.lib.analysis.verdict import Verdict, verdict
 from stages.lib.data.eos import up_to_eos
 from stages.lib.model.judge import load_judge, opinions
 from stages.lib.model.loading import freeze, load_causal_lm, load_tokenizer, pick_device, pick_precision
+from stages.lib.model.memory import memory_dial
 from stages.lib.model.reward import closed, load_reward_model
 from stages.lib.report import plots
 from stages.lib.run.artefacts import (
@@ -43,7 +44,7 @@ from stages.lib.run.artefacts import (
     write_history,
     write_json,
 )
-from stages.lib.run.params import Base, Section, load_params
+from stages.lib.run.params import Base, MicroBatchTokens, Section, load_params
 from stages.lib.run.stage import run_stage
 
 TRAINED = ("dpo", "ppo")
@@ -52,7 +53,7 @@ REPORTS = Path("reports/score_responses")
 
 
 class Params(Section):
-    micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward pass
+    micro_batch_tokens: MicroBatchTokens  # memory dial: tokens per forward pass
 
 
 class Intervals(Section):
@@ -125,7 +126,11 @@ def preferred_answers(root: Path) -> pd.DataFrame:
 
 
 def score(
-    root: Path, tables: list[pd.DataFrame], micro_batch_tokens: int, device: torch.device, precision: str
+    root: Path,
+    tables: list[pd.DataFrame],
+    micro_batch_tokens: MicroBatchTokens,
+    device: torch.device,
+    precision: str,
 ) -> tuple[list[pd.DataFrame], int]:
     """The tables with columns score and judge, and the number of tokens read; equal texts are read once."""
     texts = pd.concat([table[["prompt_id", "response_ids"]] for table in tables], ignore_index=True)
@@ -143,8 +148,9 @@ def score(
     base = freeze(load_causal_lm(root / "models/base", device))
     reward_model = load_reward_model(root / "models/reward", device)
     judge = load_judge(root / "models/judge")
-    how = (micro_batch_tokens, precision, "judge and reward model")
-    both = opinions(judge, base, reward_model, asked, said, read_as, *how)
+    dial = memory_dial(micro_batch_tokens, 8192, base, "score_responses")
+    how = {"precision": precision, "progress": "judge and reward model"}
+    both = dial.run(opinions, judge, base, reward_model, asked, said, read_as, **how)
     of_judge, scores = (values.double().numpy() for values in both)
 
     scored, start = [], 0

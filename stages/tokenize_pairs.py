@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from stages.lib.data.chat import generation_header_ids, special_token_pattern, truncate
 from stages.lib.data.token_tables import (
@@ -50,6 +51,12 @@ COPIES = {  # tables of data/corrupted, and of which pairs their rows are copies
     "judge": "judge",
     "judge_short": "judge",
 }
+ANSWERS = (  # what is sampled after a prompt, in tokens
+    ("train_dpo", "response_length"),
+    ("train_ppo", "response_length"),
+    ("sample_responses", "max_new_tokens"),
+    ("sample_responses", "first_max_new_tokens"),
+)
 
 
 class Params(Section):
@@ -74,6 +81,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         params.max_prompt_length >= num_header_tokens,
         f"params.yaml: tokenize_pairs.max_prompt_length must hold the {num_header_tokens} tokens before an answer",
     )
+    check_positions(params, root)
     on_bad_row = load_param("fetch_pairs", "on_bad_row", OnBadRow, root)
     pattern = special_token_pattern(tokenizer)
     read = {name: read_rows(root / f"data/pairs/{name}.parquet") for name in SOURCES}
@@ -137,6 +145,29 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     print("wrote reports/tokenize_pairs/metrics.json")
     tables = [*ids.values(), *(table for _, table in usable.values())]
     return {"tokens": sum(len(column) for table in tables for row in table for column in row.values())}
+
+
+def check_positions(params: Params, root: Path) -> None:
+    """
+    Raises:
+        UserError: the base has fewer positions than a pair, or a prompt with its sampled answer, may have tokens.
+    """
+    config = AutoConfig.from_pretrained(root / "models/base", local_files_only=True)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    require(
+        params.max_length <= positions,
+        f"params.yaml: tokenize_pairs.max_length is {params.max_length}, and the base has {positions} positions; "
+        "lower it, or choose a base model with more",
+    )
+    for section, key in ANSWERS:
+        length = load_param(section, key, int, root)
+        require(
+            params.max_prompt_length + length <= positions,
+            f"params.yaml: tokenize_pairs.max_prompt_length and {section}.{key} are {params.max_prompt_length} and "
+            f"{length}, and the base has {positions} positions; lower one, or choose a base model with more",
+        )
 
 
 if __name__ == "__main__":

@@ -26,11 +26,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
-from stages.lib.data.reference import read_reference_logps
+from stages.lib.data.reference import other_precision, read_reference_logps
 from stages.lib.model.attention import use_packed_attention
 from stages.lib.model.loading import (
     load_causal_lm,
     load_tokenizer,
+    loss_scale,
     make_accelerator,
     pick_device,
     pick_precision,
@@ -38,6 +39,7 @@ from stages.lib.model.loading import (
     set_seed,
 )
 from stages.lib.model.logps import CompletionLogps, TokenLogps
+from stages.lib.model.memory import max_dial, memory_dial
 from stages.lib.model.packing import micro_batches_of_process, pack, shares_prefixes
 from stages.lib.rl.dpo import dpo_losses, implicit_rewards, ipo_losses, sft_losses
 from stages.lib.rl.looks import Course, babbles, habits
@@ -47,7 +49,7 @@ from stages.lib.run.artefacts import read_parquet, round_floats, write_history, 
 from stages.lib.run.checkpoints import Checkpoints
 from stages.lib.run.draws import draw
 from stages.lib.run.errors import UserError
-from stages.lib.run.params import Base, Section
+from stages.lib.run.params import Base, MicroBatchTokens, Section
 from stages.lib.run.stage import run_stage
 from stages.lib.run.tracking import tracked
 
@@ -71,7 +73,7 @@ class Params(Section):
     look_prompts: int = Field(gt=0)  # judge prompts answered at every look
     response_length: int = Field(gt=0)  # tokens of these answers, at most
     temperature: float = Field(gt=0)  # of sampling them
-    micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward and backward pass
+    micro_batch_tokens: MicroBatchTokens  # memory dial: tokens per forward and backward pass
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -184,7 +186,7 @@ def run_batch(
         accelerator.process_index,
         accelerator.num_processes,
     )
-    totals: dict[str, Tensor] = {}
+    found: list[tuple[float, Tensor]] = []  # weight and (metrics, pairs) of each micro-batch, on the device
     for number, (part, weight) in enumerate(parts):
         rows = [index[i] for i in part]
         prompts = [pairs.prompts[i] for i in rows]
@@ -199,10 +201,16 @@ def run_batch(
                 # data-parallel wrappers average over processes; the loss is a mean over the whole batch
                 share = weight * accelerator.num_processes / len(index)
                 accelerator.backward(losses.sum() * share)
-        for name, values in metrics.items():
-            totals[name] = totals.get(name, 0.0) + weight * values.double().sum()
-    sums = accelerator.reduce(torch.stack(list(totals.values())), reduction="sum")
-    return dict(zip(totals, (sums / len(index)).tolist(), strict=True))
+        found.append((weight, torch.stack(list(metrics.values()))))
+    # copied once a batch, and summed on the CPU: MPS has no float64
+    host = torch.cat([values for _, values in found], dim=1).cpu().double()
+    split = host.split([values.shape[1] for _, values in found], dim=1)
+    sums = torch.zeros(len(metrics), dtype=torch.float64)
+    for (weight, _), values in zip(found, split, strict=True):
+        sums += weight * torch.stack([row.sum() for row in values])
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum")
+    return dict(zip(metrics, (sums / len(index)).tolist(), strict=True))
 
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
@@ -210,6 +218,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     precision = pick_precision(base.precision, device)
     accelerator = make_accelerator(device, precision)
     set_seed(base.seed)
+    if (warning := other_precision(root, precision)) and accelerator.is_main_process:
+        print(f"train_dpo: warning: {warning}")
 
     tokenizer = load_tokenizer(root / "models/base")
     train, heldout = (Pairs(root, split, shares_prefixes(accelerator.device)) for split in ("train", "heldout"))
@@ -219,6 +229,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         count = round(params.hard_negatives * len(negatives))
         train.extend(negatives, draw(len(negatives), count, base.seed, "hard_negatives"))
     model = load_causal_lm(root / "models/base", accelerator.device)
+    dial = memory_dial(params.micro_batch_tokens, 1536, model, "train_dpo", training=True)
+    reading = memory_dial(max_dial(params.micro_batch_tokens), 4096, model, "train_dpo")
     policy = CompletionLogps(model)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
@@ -241,7 +253,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
             accelerator,
             precision,
             params.response_length,
-            max(params.micro_batch_tokens, 4096),  # without a backward pass
+            reading,
         )
     with Checkpoints("train_dpo", root, base, params, sharded) as checkpoints:
         saved = checkpoints.load(
@@ -253,10 +265,13 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         evaluations: list[dict[str, float]] = saved.get("evaluations", [])
         done = len(history)
 
+        def batch(pairs: Pairs, index: list[int], train: bool, micro_batch_tokens: int) -> dict[str, float]:
+            sized = params.replace(micro_batch_tokens=micro_batch_tokens)
+            with nullcontext() if train else torch.no_grad(), use_packed_attention(model):
+                return run_batch(accelerator, policy, sized, pairs, index, train=train)
+
         def evaluate(step: int) -> None:
-            with torch.no_grad(), use_packed_attention(model):
-                index = list(range(len(heldout)))
-                metrics = run_batch(accelerator, policy, params, heldout, index, train=False)
+            metrics = dial.run(batch, heldout, list(range(len(heldout))), train=False)
             evaluations.append({"step": step, **metrics})
 
         def look(step: int, actor: Actor) -> None:
@@ -276,24 +291,34 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
             bar = tqdm(batches[done:], "train_dpo", num_steps, initial=done, unit="step", disable=hidden)
             for step, (epoch, index) in enumerate(bar, start=done + 1):
                 # 1. Log-probs of both completions, loss and gradients, summed over micro-batches
-                with use_packed_attention(model):
-                    metrics = run_batch(accelerator, policy, params, train, index, train=True)
+                metrics = dial.run(batch, train, index, train=True, undo=optimizer.zero_grad)
+                rows = [train.rows[i] for i in index]
                 if not math.isfinite(metrics["loss"]):
-                    raise non_finite_loss(root, step, [train.rows[i] for i in index], metrics)
+                    raise non_finite(root, step, rows, "loss", metrics)
                 # 2. One optimizer step on the mean gradient of the batch
-                grad_norm = accelerator.clip_grad_norm_(policy.parameters(), params.max_grad_norm or math.inf)
-                learning_rate = scheduler.get_last_lr()[0]
+                max_grad_norm = params.max_grad_norm or math.inf
+                grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), max_grad_norm))
+                if accelerator.scaler is None and not math.isfinite(grad_norm):
+                    raise non_finite(root, step, rows, "gradient's norm", metrics | {"gradient's norm": grad_norm})
+                learning_rate, scale = scheduler.get_last_lr()[0], loss_scale(accelerator)
                 optimizer.step()
                 optimizer.zero_grad()
-                scheduler.step()
+                skipped = (
+                    loss_scale(accelerator) < scale
+                )  # the gradient overflowed fp16, and the step was not made
+                if not skipped:
+                    scheduler.step()
+                elif loss_scale(accelerator) < 1:
+                    raise non_finite(root, step, rows, "gradient's norm", metrics | {"gradient's norm": grad_norm})
                 # 3. What happened
                 history.append(
                     {
                         "step": step,
                         "epoch": epoch,
                         **metrics,
-                        "grad_norm": float(grad_norm),
+                        "grad_norm": 0.0 if skipped else grad_norm,
                         "learning_rate": learning_rate,
+                        "skipped": int(skipped),
                     }
                 )
                 seen = {}
@@ -310,6 +335,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
                     history=history, evaluations=evaluations, course=course.columns, looks=looks
                 )
 
+        if all(row["skipped"] for row in history):
+            raise UserError("the gradient of every step overflowed fp16; set base.precision=fp32")
         weights = accelerator.get_state_dict(policy)  # by all processes together: FSDP joins its parts
         if accelerator.is_main_process:
             if actor:
@@ -343,6 +370,7 @@ def write_reports(
         "hard_negatives": num_negatives,
         "heldout_pairs": num_heldout,
         "steps": len(history),
+        "skipped": sum(row["skipped"] for row in history),
         "heldout": {name: value for name, value in evaluations[-1].items() if name != "step"},
         "step_0_loss": history[0]["loss"],
     }
@@ -350,12 +378,12 @@ def write_reports(
     print(f"wrote models/dpo and {reports}: held-out accuracy {metrics['heldout']['rewards/accuracies']:.3f}")
 
 
-def non_finite_loss(root: Path, step: int, rows: list[int], metrics: dict[str, float]) -> UserError:
+def non_finite(root: Path, step: int, rows: list[int], what: str, metrics: dict[str, float]) -> UserError:
     """The error that ends the run; what is needed to look at it is in checkpoints/train_dpo/non_finite.json."""
     path = root / "checkpoints/train_dpo/non_finite.json"
     write_json(path, {"step": step, "rows": rows, "metrics": {k: repr(v) for k, v in metrics.items()}})
     return UserError(
-        f"step {step}: the loss is {metrics['loss']}; pairs of rows {rows}; see {path}. "
+        f"step {step}: the {what} is {metrics[what]}; pairs of rows {rows}; see {path}. "
         "Lower train_dpo.learning_rate or set train_dpo.max_grad_norm, or try base.precision=fp32"
     )
 

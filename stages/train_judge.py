@@ -22,15 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 from stages.lib.model.judge import Judge, answer_means, fit_judge, save_judge
 from stages.lib.model.loading import freeze, load_causal_lm, pick_device, pick_precision
+from stages.lib.model.memory import memory_dial
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.errors import UserError
-from stages.lib.run.params import Base, Section
+from stages.lib.run.params import Base, MicroBatchTokens, Section
 from stages.lib.run.stage import run_stage
 
 REPORTS = Path("reports/train_judge")
@@ -43,7 +43,7 @@ FOLDS = 5
 class Params(Section):
     layers: list[float]  # candidate layers, as shares of the depth
     strengths: list[float]  # candidate inverse penalties, C
-    micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward pass
+    micro_batch_tokens: MicroBatchTokens  # memory dial: tokens per forward pass
 
 
 class Pairs:
@@ -85,7 +85,9 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     heldout, corrupted = (Pairs(texts, columns) for columns in read_heldout(root))
     model = freeze(load_causal_lm(root / "models/base", device))
     layers = sorted({max(1, round(share * model.config.num_hidden_layers)) for share in params.layers})
-    features = answer_means(model, *texts.lists(), layers, params.micro_batch_tokens, precision, "judge features")
+    dial = memory_dial(params.micro_batch_tokens, 8192, model, "train_judge")
+    how = {"precision": precision, "progress": "judge features"}
+    features = dial.run(answer_means, model, *texts.lists(), layers, **how)
 
     # 2. layer and strength, by cross-validation over the judge's own prompts
     kinds = np.concatenate([pairs.kinds for pairs in own])

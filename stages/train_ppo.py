@@ -36,6 +36,7 @@ from stages.lib.model.loading import (
     set_seed,
 )
 from stages.lib.model.logps import TokenLogps
+from stages.lib.model.memory import MemoryDial, max_dial, memory_dial
 from stages.lib.model.reward import load_reward_model
 from stages.lib.rl.advantages import explained_variance, gae, leave_one_out, whiten
 from stages.lib.rl.critics import Critic, FrozenCritic, SeparateCritic
@@ -55,7 +56,7 @@ from stages.lib.run.artefacts import read_parquet, round_floats, write_history, 
 from stages.lib.run.checkpoints import Checkpoints
 from stages.lib.run.draws import draw, shuffled
 from stages.lib.run.errors import UserError
-from stages.lib.run.params import Base, Section
+from stages.lib.run.params import Base, MicroBatchTokens, Section
 from stages.lib.run.phases import Phases
 from stages.lib.run.stage import run_stage
 from stages.lib.run.tracking import tracked
@@ -94,7 +95,7 @@ class Params(Section):
     min_entropy: float = Field(ge=0)  # nats per token below which the policy counts as collapsed
     look_prompts: int = Field(gt=0)  # judge prompts answered at every look
     look_every: int = Field(ge=0)  # updates between looks, the best of which is kept; 0: keep the last
-    micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward and backward pass
+    micro_batch_tokens: MicroBatchTokens  # memory dial: tokens per forward and backward pass
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -160,14 +161,15 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         params.temperature,
         tokenizer,
         precision,
-        max(params.micro_batch_tokens, 4096),  # without a backward pass
+        memory_dial(max_dial(params.micro_batch_tokens), 4096, policy.model, "train_ppo"),
     )
+    dial = memory_dial(params.micro_batch_tokens, 2048, policy.model, "train_ppo", training=True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=params.learning_rate, weight_decay=0.0, fused=True)
     wrapped, optimizer = accelerator.prepare(policy, optimizer)
     scheduler = learning_rate_schedule(
         params.schedule, optimizer.optimizer, params.warmup_updates, params.num_updates
     )
-    actor = Actor(policy, tokenizer, accelerator, precision, params.response_length, frozen.micro_batch_tokens)
+    actor = Actor(policy, tokenizer, accelerator, precision, params.response_length, frozen.dial)
     phases = Phases(accelerator.device)
 
     def fit_score_scale() -> tuple[float, float]:
@@ -215,7 +217,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
             tqdm.write(f"train_ppo: warning: update {update}: the policy {warning}")
 
     with Checkpoints("train_ppo", root, base, params) as checkpoints, tracked("train_ppo", params) as log:
-        critic = make_critic(root, params, accelerator, precision)
+        critic = make_critic(root, params, accelerator, precision, dial)
         saved = checkpoints.load(
             policy=policy.model,
             critic=critic,
@@ -274,7 +276,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
                 with phases("policy update"):
                     if update > params.value_warmup_updates:
                         steps = update_policy(
-                            accelerator, wrapped, optimizer, rollout, advantages, mini_batches, params
+                            accelerator, wrapped, optimizer, rollout, advantages, mini_batches, params, dial
                         )
                 learning_rate = scheduler.get_last_lr()[0]
                 scheduler.step()
@@ -297,6 +299,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
                 checkpoints.save_if_due(state=state)
         except Collapse as collapse:
             collapsed = f"update {update} of {params.num_updates}: {collapse}"
+        if not any(row["policy/steps"] for row in history) and any(row["policy/skipped"] for row in history):
+            collapsed = collapsed or "the gradient of every step overflowed fp16; set base.precision=fp32"
         kept = (
             max((row["update"] for row in state["evaluations"] if row["kept"]), default=0)
             if params.look_every
@@ -323,7 +327,9 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     }
 
 
-def make_critic(root: Path, params: Params, accelerator: Accelerator, precision: str) -> Critic | None:
+def make_critic(
+    root: Path, params: Params, accelerator: Accelerator, precision: str, dial: MemoryDial
+) -> Critic | None:
     """The critic that `params` asks for; none for leave-one-out advantages."""
     if params.advantages == "rloo":
         return None
@@ -339,7 +345,7 @@ def make_critic(root: Path, params: Params, accelerator: Accelerator, precision:
         vf_coef=params.vf_coef,
         cliprange_value=params.cliprange_value,
         max_grad_norm=params.max_grad_norm,
-        micro_batch_tokens=params.micro_batch_tokens,
+        dial=dial,
     )
 
 
@@ -351,6 +357,7 @@ def update_policy(
     advantages: Tensor,
     mini_batches: list[list[int]],
     params: Params,
+    dial: MemoryDial,
 ) -> list[dict[str, float]]:
     """One optimizer step per mini-batch on the clipped surrogate (PPO, Eq. 7), until target_kl forbids it."""
 
@@ -380,7 +387,7 @@ def update_policy(
                 rollout,
                 answers,
                 losses_of,
-                params.micro_batch_tokens,
+                dial,
                 params.max_grad_norm,
                 forbidden=too_far,
             )

@@ -27,10 +27,11 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 
 from stages.lib.model.loading import freeze, load_tokenizer, pick_device, pick_precision, save_model, set_seed
+from stages.lib.model.memory import memory_dial
 from stages.lib.model.reward import new_reward_model, pooled_features
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.checkpoints import Checkpoints
-from stages.lib.run.params import Base, Section
+from stages.lib.run.params import Base, MicroBatchTokens, Section
 from stages.lib.run.stage import run_stage
 
 SIDES = ("chosen", "rejected")
@@ -48,7 +49,7 @@ class Params(Section):
     batch_size: int = Field(gt=0)  # pairs per optimizer step
     logging_steps: int = Field(gt=0)  # optimizer steps between rows of the history
     hard_negatives: bool  # corrupted copies of chosen answers as further rejected ones
-    micro_batch_tokens: int = Field(gt=0)  # memory dial: tokens per forward pass of the backbone
+    micro_batch_tokens: MicroBatchTokens  # memory dial: tokens per forward pass of the backbone
 
 
 class OneDevice(RewardConfig):
@@ -102,11 +103,12 @@ def features_of(
     different = sorted({tuple(ids) for texts in sides.values() for ids in texts})
     place_of = {text: place for place, text in enumerate(different)}
     features = checkpoints.load().get("features", torch.empty(0, model.config.hidden_size))
+    dial = memory_dial(params.micro_batch_tokens, 4096, model, "train_reward")
     starts = range(len(features), len(different), CHUNK)
     for start in tqdm(starts, "features", unit=f"{CHUNK} texts", disable=not starts):
         chunk = [list(ids) for ids in different[start : start + CHUNK]]
-        chunk = pooled_features(model, chunk, params.micro_batch_tokens, precision)
-        features = torch.cat([features, chunk])
+        read = dial.run(pooled_features, model, chunk, precision=precision)
+        features = torch.cat([features, read])
         checkpoints.save_if_due(features=features)
     datasets = {}
     for split, pairs in columns.items():

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,49 @@ def test_a_python_that_is_given_is_taken(tmp_path):
     for name, version in {"python3": (3, 12), "mine": (3, 13)}.items():
         fake_python(tmp_path, name, version)
     assert make_python(tmp_path, "PYTHON=mine").stdout.strip() == "mine"
+
+
+def wheel_of(folder: Path, version: str) -> None:
+    """A wheel of that name and version with one file."""
+    record = f"torch-{version}.dist-info"
+    files = {
+        "torch/__init__.py": f"__version__ = '{version}'\n",
+        f"{record}/METADATA": f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\nRequires-Dist: no-such\n",
+        f"{record}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    listed = "".join(f"{name},,\n" for name in (*files, f"{record}/RECORD"))
+    with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+        for name, text in (files | {f"{record}/RECORD": listed}).items():
+            wheel.writestr(name, text)
+
+
+def test_torch_comes_from_the_folder_that_is_named(tmp_path):
+    (tmp_path / "wheels").mkdir()
+    for version in ("2.12.0+cpu", "2.13.0+cpu"):
+        wheel_of(tmp_path / "wheels", version)
+    (tmp_path / "requirements.lock").write_text("# of the tests\ntorch==2.13.0\n")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "PIP_"))}
+    environment |= {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1"}  # the lock's line is satisfied, and nothing asked for
+    arguments = ["install", "TORCH_INDEX=wheels", f"PYTHON={sys.executable}"]
+    result = subprocess.run(
+        ["make", "-f", REPO / "Makefile", *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    code = "import torch; print(torch.__version__)"
+    found = subprocess.run([tmp_path / ".venv/bin/python", "-c", code], capture_output=True, text=True).stdout
+    assert found.strip() == "2.13.0+cpu"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the registry's build is for the CPU")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["NVIDIA="], True), (["NVIDIA=/dev/nvidiactl"], False), (["NVIDIA=", "TORCH_INDEX=wheels"], False)],
+)
+def test_make_says_what_it_is_about_to_download(tmp_path, arguments, said):
+    command = ["make", "--silent", "-f", REPO / "Makefile", "torch-build", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and ("TORCH_INDEX=" in result.stdout) == said

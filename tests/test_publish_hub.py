@@ -62,7 +62,9 @@ def hub(tmp_path):
 
 
 def params(**changes) -> Params:
-    settings = dict(name="llm-course-hw2", owner=None, push=False, license="apache-2.0", language="en")
+    settings = dict(
+        name="llm-course-hw2", owner=None, push=False, replace=False, license="apache-2.0", language="en"
+    )
     return Params(**settings | {"private": {"dpo": True, "reward": True, "ppo": False}} | changes)
 
 
@@ -526,3 +528,17 @@ def test_switching_push_on_off_and_on_again_really_uploads(root, hub, monkeypatc
     dvc(root, "repro", "--force", "publish_hub")
     lock = re.sub(r"path: reports/publish_hub.*", "", (root / "dvc.lock").read_text(), flags=re.DOTALL)
     assert lock in first  # the other run.md is no part of models/hub's hash
+
+
+def test_what_was_not_published_from_here_is_left_alone_unless_asked_for(root, hub):
+    set_params(root, push="true")
+    assert run(root, hub.env())[0] == 0
+    repository = hub.repositories["tester/llm-course-hw2-ppo"]
+    del repository.head.files["run.md"]  # as another project's would be
+    before, private = dict(repository.head.files), repository.private
+    (root / "models/hub").rename(root / "models/before")
+    status, text = run(root, hub.env())
+    assert status == 1 and "tester/llm-course-hw2-ppo holds" in text and "set publish_hub.replace to true" in text
+    assert repository.head.files == before and repository.private == private
+    set_params(root, replace="true")
+    assert run(root, hub.env())[0] == 0 and "run.md" in repository.head.files

@@ -21,7 +21,11 @@ def pairs_in(
 
     The corrupted copies of every answer: of the kind "cut" a word, of the kind "late" the answer and 200 words.
     """
-    (root / "params.yaml").write_text(f"fetch_pairs:\n  on_bad_row: {on_bad_row}\n")
+    (root / "params.yaml").write_text(
+        f"fetch_pairs: {{on_bad_row: {on_bad_row}}}\n"
+        "train_dpo: {response_length: 12}\ntrain_ppo: {response_length: 16}\n"
+        "sample_responses: {max_new_tokens: 12, first_max_new_tokens: 24}\n"
+    )
     row, ids = 0, {}
     for name, rows in (("train", train), ("heldout", heldout), ("judge", judge)):
         columns = {key: [] for key in ("row", "prompt_id", "prompt", "chosen", "rejected")}
@@ -221,3 +225,24 @@ def test_a_million_characters_are_cut_to_length(tiny_base):
     tables, metrics = read_all(tiny_base)
     lengths = [len(tables["pairs_train"][f"{side}_input_ids"][0]) for side in ("prompt", "chosen")]
     assert sum(lengths) == 1024 and metrics["cut"]["max_length"] == 1
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        (1023, "tokenize_pairs.max_length is 1024, and the base has 1023 positions"),
+        (279, "max_prompt_length and sample_responses.first_max_new_tokens are 256 and 24, .* has 279 positions"),
+        (271, "max_prompt_length and train_ppo.response_length are 256 and 16, and the base has 271 positions"),
+    ],
+)
+def test_a_base_with_fewer_positions_than_a_text_may_have_is_refused(tiny_base, tiny_model, positions, message):
+    root = pairs_in(tiny_base, [("Hi?", "Hey!", "Good day.")])
+    params = PARAMS.replace(max_length=1024 if positions > 1000 else 257)
+    tiny_model.config.max_position_embeddings = positions
+    tiny_model.config.save_pretrained(root / "models/base")
+    with pytest.raises(UserError, match=message):
+        main(BASE, params, root)
+    assert not (root / "data/tokenized").exists()
+    tiny_model.config.max_position_embeddings = max(positions, 280) + 1
+    tiny_model.config.save_pretrained(root / "models/base")
+    main(BASE, params, root)

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +22,14 @@ from trl import DPOConfig, DPOTrainer
 
 from stages import reference_logps, train_dpo
 from stages.lib.data.chat import apply_chat_template, to_implicit_prompt_preferences, tokenize_row
+from stages.lib.model import loading
 from stages.lib.run.artefacts import read_json, read_parquet, write_parquet
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
 from tests.conftest import REPO
+from tests.support import fp16_on_cpu
 from tests.support.corrupted_tables import write_judge_prompts, write_negatives
+from tests.support.fake_gpu import OnGpu, on_gpu
 
 BASE = Base(seed=42, precision="fp32")
 PARAMS = train_dpo.Params(
@@ -245,11 +249,139 @@ def test_a_non_finite_loss_stops_with_step_and_rows_and_leaves_the_old_model(pro
     old = project / "models/dpo/model.safetensors"
     old.parent.mkdir(parents=True)
     old.write_text("the model of an earlier run")
-    with pytest.raises(UserError, match=r"step \d+: the loss is (nan|inf); pairs of rows \[.*learning_rate"):
+    with pytest.raises(
+        UserError, match=r"step \d+: the (loss|gradient.s norm) is (nan|inf); pairs of rows \[.*learning_rate"
+    ):
         train_dpo.main(BASE, PARAMS.replace(learning_rate=1e8, max_grad_norm=None), project)
     assert old.read_text() == "the model of an earlier run"
     record = json.loads((project / "checkpoints/train_dpo/non_finite.json").read_text())
     assert record["step"] >= 2 and len(record["rows"]) == 4
+
+
+def spoilt_gradient(monkeypatch, number):
+    """The loss of the `number`th training batch stays finite, its gradient does not."""
+    original, calls = train_dpo.run_batch, 0
+
+    def run_batch(accelerator, policy, params, pairs, index, *, train):
+        nonlocal calls
+        metrics = original(accelerator, policy, params, pairs, index, train=train)
+        calls += train
+        if train and calls == number:
+            next(policy.parameters()).grad[0, 0] = math.nan
+        return metrics
+
+    monkeypatch.setattr(train_dpo, "run_batch", run_batch)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_its_step_and_the_checkpoint_stays_good(project, monkeypatch):
+    train_dpo.main(BASE, PARAMS, project)
+    expected = (project / "models/dpo/model.safetensors").read_bytes()
+    index = list(train_dpo.batches_of(80, PARAMS, BASE.seed))[3][1]
+    monkeypatch.setenv("CHECKPOINT_MINUTES", "0")
+    with monkeypatch.context() as spoiling:
+        spoilt_gradient(spoiling, 4)
+        with pytest.raises(UserError, match="step 4: the gradient's norm is nan; pairs of rows") as error:
+            train_dpo.main(BASE, PARAMS, project)
+    assert str([i + 1 for i in index]) in str(error.value)
+    record = json.loads((project / "checkpoints/train_dpo/non_finite.json").read_text())
+    assert record["step"] == 4 and record["rows"] == [i + 1 for i in index]
+    train_dpo.main(BASE, PARAMS, project)  # goes on from step 3, whose weights are numbers
+    assert (project / "models/dpo/model.safetensors").read_bytes() == expected
+
+
+FP16 = BASE.replace(precision="fp16")
+
+
+@pytest.fixture
+def fp16(project, monkeypatch):
+    monkeypatch.setattr(train_dpo, "make_accelerator", fp16_on_cpu.make_accelerator)
+    reference_logps.main(FP16, reference_logps.Params(micro_batch_tokens=2000), project)
+
+
+def test_accelerate_gets_the_loss_scale_that_fits_summed_log_probs():
+    assert loading.make_accelerator(torch.device("cpu"), "bf16").scaler_handler.init_scale == 2**10
+
+
+def test_fp16_trains_from_its_first_step(project, fp16):
+    train_dpo.main(FP16, PARAMS, project)
+    history = history_of(project)
+    assert [row["skipped"] for row in history] == [0] * 20
+    assert history[-1]["loss"] < history[0]["loss"] and all(row["grad_norm"] > 0 for row in history)
+
+
+def test_steps_that_overflow_are_counted_and_the_schedule_waits_for_them(project, fp16, monkeypatch):
+    monkeypatch.setattr(loading, "INITIAL_LOSS_SCALE", 2.0**24)
+    train_dpo.main(FP16, PARAMS, project)
+    history = history_of(project)
+    skipped = sum(int(row["skipped"]) for row in history)
+    assert 4 <= skipped < 20 and read_json(project / "reports/train_dpo/metrics.json")["skipped"] == skipped
+    made = [row for row in history if not row["skipped"]]
+    assert all(row["skipped"] and row["learning_rate"] == 1e-3 for row in history[:skipped])
+    assert [row["learning_rate"] for row in made] == pytest.approx(
+        [1e-3 * (20 - i) / 20 for i in range(len(made))]
+    )
+
+
+def test_a_run_of_which_no_step_was_made_is_an_error(project, fp16, monkeypatch):
+    monkeypatch.setattr(loading, "INITIAL_LOSS_SCALE", 2.0**60)
+    with pytest.raises(UserError, match="every step overflowed fp16; set base.precision=fp32"):
+        train_dpo.main(FP16, PARAMS.replace(max_steps=3), project)
+    assert not (project / "models/dpo").exists()
+
+
+def test_a_batch_is_read_from_the_device_once_and_in_no_precision_it_lacks(project, monkeypatch):
+    """MPS has no float64; and each copy to the host waits for the device."""
+    pairs = train_dpo.Pairs(project, "heldout", True)
+    original, calls = train_dpo.losses_and_metrics, []
+
+    def on_device(*args):
+        losses, metrics = original(*args)
+        calls.append(len(args[2]))
+        return losses, {name: on_gpu(values) for name, values in metrics.items()}
+
+    accelerator = loading.make_accelerator(torch.device("cpu"), "fp32")
+    model = loading.load_causal_lm(project / "models/base")
+    policy, index = train_dpo.CompletionLogps(model), list(range(len(pairs)))
+    with train_dpo.use_packed_attention(model):
+        expected = train_dpo.run_batch(accelerator, policy, PARAMS, pairs, index, train=False)
+        monkeypatch.setattr(train_dpo, "losses_and_metrics", on_device)
+        monkeypatch.setattr(OnGpu, "refuses_float64", True)
+        OnGpu.waits.clear()
+        assert train_dpo.run_batch(accelerator, policy, PARAMS, pairs, index, train=False) == expected
+    assert len(calls) > 1 and dict(OnGpu.waits) == {"cpu": 1}
+
+
+def short_of_memory(monkeypatch, module, most: int):
+    """`module.pack` raises as a card does where a micro-batch has more tokens."""
+    pack = module.pack
+
+    def packed(prompts, completions, *args):
+        if len(completions) > 2 and sum(map(len, [*prompts, *completions])) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return pack(prompts, completions, *args)
+
+    monkeypatch.setattr(module, "pack", packed)
+
+
+def test_out_of_memory_in_a_step_halves_the_dial_and_changes_no_result(project, monkeypatch, capsys):
+    train_dpo.main(BASE, PARAMS.replace(learning_rate=5e-5), project)
+    expected = history_of(project)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    short_of_memory(monkeypatch, train_dpo, 1200)
+    train_dpo.main(BASE, PARAMS.replace(micro_batch_tokens=4000, learning_rate=5e-5), project)
+    assert "train_dpo: memory ran out: goes on with micro-batches of" in capsys.readouterr().out
+    for one, other in zip(expected, history_of(project), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)  # nothing was added twice
+
+
+def test_reference_log_probs_of_another_precision_are_used_and_warned_about(project, capsys):
+    train_dpo.main(BASE, PARAMS, project)
+    assert "warning" not in capsys.readouterr().out
+    bf16 = BASE.replace(precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_dpo.main(bf16, PARAMS, project)
+    assert "train_dpo: warning: data/reference_logps is of fp32, this run of bf16" in capsys.readouterr().out
 
 
 def test_reference_log_probs_of_another_model_are_refused(project, tiny_model, tokenizer):
@@ -353,3 +485,25 @@ def test_fsdp_in_bf16_rounds_products_and_nothing_else(project):
     assert apart(sharded[:5]) < 1.0  # and float32 log-probs: near -1,000 those of bf16 lie 4 nats apart
     weights = load_file(project / "models/dpo/model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one(project):
+    """Two launchers that meet at one address, each with a process of its own."""
+    train_dpo.main(BASE, PARAMS.replace(learning_rate=5e-5), project)
+    single = history_of(project)
+    script = project / "script.py"
+    script.write_text(SCRIPT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+    launch = ["torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
+    launch += [f"--rdzv_endpoint={meeting}", str(script), str(project), "fp32", "ddp"]
+    environment = os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "DEVICE": "cpu"}
+    nodes = [subprocess.Popen([sys.executable, "-m", *launch], cwd=REPO, env=environment) for _ in range(2)]
+    assert [node.wait(300) for node in nodes] == [0, 0]
+    double = history_of(project)
+    assert len(double) == len(single) == 20
+    for one, two in zip(single, double, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)

@@ -15,13 +15,18 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import train_ppo
+from stages.lib.model import loading, memory
 from stages.lib.model.loading import save_model
+from stages.lib.model.logps import TokenLogps
+from stages.lib.model.memory import MemoryDial
+from stages.lib.rl import steps
 from stages.lib.rl.rollout import Actor, FrozenSide
 from stages.lib.run.artefacts import read_parquet, write_parquet
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, load_params
 from stages.train_ppo import Params, main, mini_batches_of_update, prompts_of_update
 from tests.conftest import REPO, ShapesMade
+from tests.support import fp16_on_cpu
 from tests.support.tiny_ppo import EOS, VOCABULARY, make_policy, make_prompts, make_reward_model
 
 BASE = Base(seed=42, precision="fp32")
@@ -292,6 +297,23 @@ def test_a_rollout_carries_no_graph(root, monkeypatch):
     assert len(seen) == 3 and tensors and not any(tensor.requires_grad for tensor in tensors)
 
 
+@pytest.mark.parametrize("kind", ["frozen", "separate"])
+def test_out_of_memory_in_a_step_halves_the_dial_and_changes_no_result(root, monkeypatch, capsys, kind):
+    expected = run(root, KINDS[kind].replace(micro_batch_tokens=10_000))
+    pack = steps.pack
+
+    def packed(prompts, completions, *args):
+        if len(completions) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return pack(prompts, completions, *args)
+
+    monkeypatch.setattr(steps, "pack", packed)
+    monkeypatch.setattr(memory, "FEWEST", 8)
+    for one, other in zip(expected, run(root, KINDS[kind].replace(micro_batch_tokens=10_000)), strict=True):
+        assert one == pytest.approx(other, abs=5e-4)
+    assert "train_ppo: memory ran out: goes on with micro-batches of" in capsys.readouterr().out
+
+
 # options and guards
 
 
@@ -397,6 +419,45 @@ def test_a_gradient_that_is_not_finite_is_never_applied(root, monkeypatch):
     score_by(monkeypatch, lambda response: math.nan)
     with pytest.raises(UserError, match="update 0 of 3: the objective is nan"):
         main(BASE, PARAMS, root)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_that_overflow_fp16_are_counted_and_no_collapse(root, monkeypatch, kind):
+    monkeypatch.setattr(train_ppo, "make_accelerator", fp16_on_cpu.make_accelerator)
+    fp16 = BASE.replace(precision="fp16")
+    rows = run(root, KINDS[kind], fp16)
+    assert [row["policy/skipped"] for row in rows] == [0, 0, 0]
+    monkeypatch.setattr(loading, "INITIAL_LOSS_SCALE", 2.0**40)
+    rows = run(root, KINDS[kind].replace(num_mini_batches=4, episodes=40, batch_size=8), fp16)
+    assert rows[0]["policy/skipped"] > 0 and sum(row["policy/steps"] for row in rows) > 0
+    assert all(row["policy/skipped"] + row["policy/steps"] == 8 for row in rows)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert metrics_of(root)["stopped_early"] is None
+
+
+def test_a_run_of_which_fp16_made_no_step_is_an_error(root, monkeypatch):
+    monkeypatch.setattr(train_ppo, "make_accelerator", fp16_on_cpu.make_accelerator)
+    monkeypatch.setattr(loading, "INITIAL_LOSS_SCALE", 2.0**80)
+    with pytest.raises(UserError, match="every step overflowed fp16; set base.precision=fp32"):
+        main(BASE.replace(precision="fp16"), PARAMS, root)
+
+
+def test_a_gradient_that_no_scale_makes_finite_is_a_collapse(root, monkeypatch):
+    monkeypatch.setattr(train_ppo, "make_accelerator", fp16_on_cpu.make_accelerator)
+    monkeypatch.setattr(loading, "INITIAL_LOSS_SCALE", 2.0)
+    losses = train_ppo.policy_losses
+    monkeypatch.setattr(train_ppo, "policy_losses", lambda *a: (losses(*a)[0] * math.inf, losses(*a)[1]))
+    with pytest.raises(UserError, match="at a loss scale below 1 too; try base.precision=fp32"):
+        main(BASE.replace(precision="fp16"), PARAMS, root)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_sampler_keeps_its_rotary_frequencies_in_float32(precision):
+    policy = TokenLogps(make_policy(), 1.0)
+    actor = Actor(policy, None, None, precision, 8, MemoryDial(512))
+    assert {p.dtype for p in actor.sampler.parameters()} == {loading.DTYPES[precision]}
+    assert torch.equal(actor.sampler.model.rotary_emb.inv_freq, policy.model.model.rotary_emb.inv_freq)
+    assert actor.sampler.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

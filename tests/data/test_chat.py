@@ -1,11 +1,14 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from stages.lib.data.chat import (
     ChatError,
     apply_chat_template,
     closed_by_eos,
+    completion_ids,
     generation_header_ids,
     special_token_pattern,
     text_ids,
@@ -183,3 +186,72 @@ def test_special_token_pattern_finds_added_tokens_too(tokenizer):
 def test_what_the_pattern_lets_pass_holds_no_special_id(tokenizer, text):
     has_special = bool(set(text_ids(text, tokenizer)) & {0, 1, 2})
     assert bool(special_token_pattern(tokenizer).search(text)) == has_special
+
+
+def metaspace(tokenizer, embedded_pairs, prepend_scheme):
+    """A tokenizer of SentencePiece's kind: words begin with '▁', and so does a text by itself."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
+    bpe.decoder = decoders.Metaspace(prepend_scheme=prepend_scheme)
+    texts = [text for row in embedded_pairs for text in (row["prompt"], row["chosen"], row["rejected"])]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted({letter for text in [*texts, PROMPT] for letter in text})
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = tokenizer.chat_template
+    return fast
+
+
+@pytest.mark.parametrize("prepend_scheme", ["always", "first"])
+def test_a_completion_begins_as_the_model_would_begin_it(tokenizer, embedded_pairs, prepend_scheme):
+    spaced = metaspace(tokenizer, embedded_pairs, prepend_scheme)
+    for row in embedded_pairs[:50]:
+        rendered = apply_chat_template(row, spaced)
+        ids = tokenize_row(rendered, spaced, None)
+        for side in ("chosen", "rejected"):
+            together = text_ids(rendered["prompt"] + rendered[side], spaced)
+            assert ids["prompt_input_ids"] + ids[f"{side}_input_ids"] == together
+            assert not spaced.convert_ids_to_tokens(ids[f"{side}_input_ids"][0]).startswith("▁")
+            assert spaced.convert_ids_to_tokens(text_ids(rendered[side], spaced)[0]).startswith("▁")  # alone
+
+
+def test_byte_level_completions_are_as_they_were(tokenizer, embedded_pairs):
+    for row in embedded_pairs[:50]:
+        rendered = apply_chat_template(row, tokenizer)
+        for side in ("chosen", "rejected"):
+            alone = text_ids(rendered[side], tokenizer)
+            assert completion_ids(rendered["prompt"], rendered[side], tokenizer) == alone
+
+
+def test_a_border_within_a_token_gives_what_each_side_says_by_itself():
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=bpe.pre_tokenizer.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(["\n\n", "a"] * 9, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    assert fast.tokenize("a\n\nb") == ["a", "ĊĊ", "b"]
+    ids = completion_ids("a\n", "\nb", fast)
+    assert fast.convert_ids_to_tokens(ids) == ["Ċ", "b"]
+
+
+def test_a_completion_that_cannot_be_cut_off_is_refused(tokenizer, embedded_pairs):
+    spaced = metaspace(tokenizer, embedded_pairs, "always")
+    assert spaced.tokenize("the") == ["▁the"]  # one token, in which the border would lie
+    with pytest.raises(ChatError, match="the completion 'he' otherwise alone than after its prompt"):
+        completion_ids("t", "he", spaced)
+
+
+def test_added_tokens_that_are_plain_spaces_are_text(tokenizer):
+    import copy
+
+    spaced = copy.deepcopy(tokenizer)
+    spaced.add_tokens([AddedToken("  ", normalized=False), AddedToken("\n\n"), AddedToken("<think>")])
+    pattern = special_token_pattern(spaced)
+    assert not pattern.search("two  spaces\n\nand a paragraph")
+    assert pattern.search("<think>") and pattern.search("<|im_end|>")

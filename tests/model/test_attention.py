@@ -11,6 +11,7 @@ from stages.lib.model.attention import hidden_states, lean_embedding, use_packed
 from stages.lib.model.logps import CompletionLogps
 from stages.lib.model.packing import pack
 from stages.lib.run.errors import UserError
+from tests.support.fake_gpu import on_gpu
 
 
 def random_qkv(lengths, heads=6, kv_heads=2, width=8):
@@ -61,6 +62,82 @@ def test_a_sequence_sees_what_it_continues_and_no_other(monkeypatch, short, kv_h
         torch.autograd.grad(actual, qkv, upstream), torch.autograd.grad(expected, qkv, upstream), strict=True
     ):
         torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
+
+
+def kernel_calls(monkeypatch, capability):
+    """What attention asks of the two kernels, on a card of this compute capability."""
+    calls = {"varlen": [], "sdpa": []}
+
+    def varlen_attn(query, key, value, ends, other_ends, longest, _, window_size, scale, enable_gqa):
+        calls["varlen"].append(ends)
+        assert ends is other_ends and window_size == (-1, 0)
+        heads = (x.transpose(0, 1)[None] for x in (query, key, value))
+        mask = block_causal(ends.diff().tolist())
+        return scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)[
+            0
+        ].transpose(0, 1)
+
+    def sdpa(query, key, value, *mask, **how):
+        calls["sdpa"].append((query.shape, key.shape, how))
+        return scaled_dot_product_attention(query, key, value, *mask, **how)
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", sdpa)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "kernel"),
+    [
+        ((7, 5), torch.float16, 64, "sdpa"),  # T4, RTX 20xx
+        ((7, 0), torch.float16, 8, "sdpa"),  # V100
+        ((8, 0), torch.float16, 64, "varlen"),
+        ((9, 0), torch.bfloat16, 64, "varlen"),
+        ((9, 0), torch.bfloat16, 12, "sdpa"),  # no multiple of 8
+        ((9, 0), torch.bfloat16, 264, "sdpa"),  # above 256
+        ((9, 0), torch.float32, 64, "sdpa"),
+    ],
+)
+def test_each_card_gets_a_kernel_it_has(monkeypatch, capability, dtype, width, kernel):
+    calls = kernel_calls(monkeypatch, capability)
+    lengths = [5, 1, 9]
+    qkv = random_qkv(lengths, width=width)
+    expected = scaled_dot_product_attention(*qkv, attn_mask=block_causal(lengths), enable_gqa=True).transpose(1, 2)
+    rounded = [on_gpu(x.detach().to(dtype)) for x in qkv]
+    actual, _ = attention.packed_attention(None, *rounded, None, sequence_lengths=lengths)
+    tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
+    torch.testing.assert_close(actual.as_subclass(torch.Tensor).float(), expected, rtol=tolerance, atol=tolerance)
+    assert [name for name, made in calls.items() if made] == [kernel]
+    for (query, key, how), length in zip(calls["sdpa"], lengths, strict=kernel == "sdpa"):
+        # what the memory-efficient kernel wants, a sequence at a time: anything else makes whole matrices
+        assert query == key == (1, 6, length, -(-width // 8) * 8)
+        assert how == {"is_causal": True, "scale": width**-0.5}
+
+
+def test_gradients_of_the_kernel_for_older_cards_are_those_under_a_block_mask(monkeypatch):
+    kernel_calls(monkeypatch, (7, 5))
+    lengths = [5, 1, 9]
+    qkv = random_qkv(lengths, width=12)
+    expected = scaled_dot_product_attention(*qkv, attn_mask=block_causal(lengths), enable_gqa=True).transpose(1, 2)
+    actual, _ = attention.packed_attention(None, *map(on_gpu, qkv), None, sequence_lengths=lengths)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    for grad, other in zip(
+        torch.autograd.grad(actual.as_subclass(torch.Tensor), qkv, upstream),
+        torch.autograd.grad(expected, qkv, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_ends_of_sequences_are_copied_to_the_device_once_a_batch(monkeypatch, tiny_model):
+    calls = kernel_calls(monkeypatch, (9, 0))
+    monkeypatch.setattr(attention, "runs_varlen", lambda query: True)
+    batch = pack([[5, 6, 7], [5, 6]], [[8, 2], [9]])
+    assert batch.sequence_ends.dtype == torch.int32 and batch.sequence_ends.tolist() == [0, 5, 8]
+    with torch.no_grad(), use_packed_attention(tiny_model):
+        hidden_states(tiny_model.get_decoder(), batch)
+    assert len(calls["varlen"]) == 2 and all(ends is batch.sequence_ends for ends in calls["varlen"])  # two layers
 
 
 def states_and_bytes_kept(model, autocast: bool):

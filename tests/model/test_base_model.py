@@ -5,6 +5,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from stages.lib.data.chat import apply_chat_template, tokenize_row
 from stages.lib.model.base_model import load_folder, load_gguf, set_special_tokens, split_digits
 from stages.lib.run.errors import UserError
 
@@ -125,3 +126,66 @@ def test_not_a_gguf(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF then nothing")
     with pytest.raises(UserError, match="a.gguf: not a GGUF model"):
         load_gguf(tmp_path / "a.gguf")
+
+
+# the parts of the published templates that matter here, in ChatML
+LLAMA_3_2 = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}"
+    "{%- endif %}{%- endif %}{{- '<|im_start|>system\nToday Date: ' + date_string + '<|im_end|>\n' }}"
+    "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\n' + message['content'] | trim "
+    "+ '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+QWEN_3 = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' }}"
+    "{%- if message.role == 'assistant' and loop.last %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+    "{{- message.content.lstrip('\n') + '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}"
+    "{%- endif %}{%- endif %}"
+)
+PAIR = {"prompt": "Hi?", "chosen": "Hey!", "rejected": "Good day."}
+
+
+def settled(folder, template):
+    """The tokenizer with this template, after set_special_tokens, saved and loaded again."""
+    model, tokenizer = load_folder(folder, "tiny")
+    tokenizer.chat_template = template
+    set_special_tokens(model, tokenizer, PAD, "tiny")
+    tokenizer.save_pretrained(folder)
+    return load_folder(folder, "tiny")[1]
+
+
+@pytest.mark.parametrize("asked", ["'%d %b %Y'", '"%d %b %Y"'])
+def test_a_prompt_has_the_same_ids_tomorrow(folder, monkeypatch, asked):
+    import transformers.utils.chat_template_utils as utils
+
+    tokenizer = settled(folder, LLAMA_3_2.replace("'%d %b %Y'", asked))
+
+    class Tomorrow(utils.datetime):
+        @classmethod
+        def now(cls, *_):
+            return cls(2031, 5, 6)
+
+    monkeypatch.setattr(utils, "datetime", Tomorrow)
+    rendered = apply_chat_template(PAIR, tokenizer)
+    assert "Today Date: 26 Jul 2024<|im_end|>" in rendered["prompt"]
+    assert rendered["chosen"] == "Hey!<|im_end|>\n"
+
+
+def test_a_date_that_cannot_be_held_fast_is_refused(folder):
+    with pytest.raises(UserError, match="tiny: its chat template writes today's date"):
+        settled(folder, LLAMA_3_2.replace("'%d %b %Y'", "format_of_the_day"))
+
+
+def test_a_model_that_can_think_answers_at_once(folder):
+    tokenizer = settled(folder, QWEN_3)
+    rendered = apply_chat_template(PAIR, tokenizer)
+    assert rendered["prompt"].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert rendered["chosen"] == "Hey!<|im_end|>\n" and rendered["rejected"] == "Good day.<|im_end|>\n"
+    assert tokenizer.decode(tokenize_row(rendered, tokenizer)["chosen_input_ids"]) == "Hey!<|im_end|>\n"
+
+
+def test_a_plain_template_stays_as_it_is(folder, tokenizer):
+    assert settled(folder, tokenizer.chat_template).chat_template == tokenizer.chat_template

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from stages.lib.model.generate import generate, in_precision, sample_token
 from stages.lib.model.loading import freeze
+from stages.lib.run.errors import UserError
 from tests.conftest import ShapesMade
 
 CPU = torch.device("cpu")
@@ -214,3 +215,21 @@ def test_bad_arguments_are_refused(tiny_model, tokenizer, bad):
 
 def test_no_prompts_no_answers(tiny_model, tokenizer):
     assert run(tiny_model, tokenizer, prompts=[]) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "bad"),
+    [
+        ({}, torch.nan),
+        ({"temperature": 1.0}, torch.nan),
+        ({"temperature": 1.0}, torch.inf),
+        ({"temperature": 1.0, "top_p": 0.9}, torch.nan),
+    ],
+)
+def test_logits_that_are_no_numbers_are_an_error_and_no_token(lively_model, tokenizer, options, bad):
+    def spoil(module, args, logits):
+        logits[-1, -1, 7] = bad  # one entry of one row
+
+    lively_model.lm_head.register_forward_hook(spoil)
+    with pytest.raises(UserError, match="logits are not numbers"):
+        run(lively_model, tokenizer, **options)

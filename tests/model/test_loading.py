@@ -1,6 +1,7 @@
 """Seeds, dropout, device, precision, and what the loaders refuse."""
 
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -76,6 +77,7 @@ def test_auto_precision_on_a_cpu_follows_its_instructions(monkeypatch, capabilit
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_auto_precision_on_cuda_follows_the_generation(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     assert pick_precision("auto", torch.device("cuda")) == expected
 
 
@@ -127,3 +129,42 @@ def test_tokenizers_that_would_train_wrongly_are_refused(tokenizer, tmp_path, ch
     loaded.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path)
+
+
+def test_a_card_that_this_torch_has_no_kernels_for_is_named(monkeypatch):
+    monkeypatch.delenv("DEVICE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    empty, ones = torch.empty, torch.ones
+
+    def no_kernel(*sizes, device=None, **how):
+        if device is not None and device.type == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+        return ones(*sizes, device=device, **how)
+
+    # memory can be had on such a card, and nothing computed there
+    monkeypatch.setattr(torch, "empty", lambda *sizes, device=None, **how: empty(*sizes, **how))
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    with pytest.raises(UserError, match="cuda: not usable here .*no kernel image.*; set DEVICE=cpu"):
+        pick_device()
+
+
+def test_a_driver_too_old_for_cuda_is_said(monkeypatch, capsys):
+    def too_old():
+        warnings.warn(
+            "CUDA initialization: The NVIDIA driver on your system is too old (found version 9)", stacklevel=1
+        )
+        return False
+
+    monkeypatch.delenv("DEVICE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", too_old)
+    monkeypatch.setattr(torch.mps, "is_available", lambda: False)
+    assert pick_device() == CPU
+    assert "runs on the CPU, since CUDA does not work here: CUDA initialization" in capsys.readouterr().err
+
+
+def test_the_stage_says_what_it_runs_on(monkeypatch, capsys):
+    pick_precision("fp32", CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    pick_precision("auto", torch.device("cuda", 0))
+    assert capsys.readouterr().out == "on cpu in fp32\non cuda:0 (Tesla T4) in fp16\n"

@@ -16,6 +16,7 @@ from transformers import get_scheduler
 
 from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.logps import TokenLogps, read_answers
+from stages.lib.model.memory import MemoryDial
 from stages.lib.model.packing import pack
 from stages.lib.model.reward import apply_head, backbone_of
 from stages.lib.rl.advantages import gae, whiten
@@ -61,8 +62,9 @@ def test_three_updates_equal_stock(case):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=options["learning_rate"], weight_decay=0.0)
     wrapped, optimizer = accelerator.prepare(policy, optimizer)
     scheduler = get_scheduler("linear", optimizer.optimizer, 0, 3)
+    dial = MemoryDial(512)
     critic = SeparateCritic(
-        make_reward_model(make_policy()), accelerator, "fp32", options["learning_rate"], 3, 0.1, 0.2, 0.0, 512
+        make_reward_model(make_policy()), accelerator, "fp32", options["learning_rate"], 3, 0.1, 0.2, 0.0, dial
     )
 
     for update in STOCK["cases"][case]["updates"]:
@@ -90,7 +92,8 @@ def test_three_updates_equal_stock(case):
         returns = advantages + values
 
         epochs = [places] * options["num_ppo_epochs"]
-        steps = update_policy(accelerator, wrapped, optimizer, rollout, whiten(advantages[real]), epochs, params)
+        whitened = whiten(advantages[real])
+        steps = update_policy(accelerator, wrapped, optimizer, rollout, whitened, epochs, params, dial)
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
         learned = critic.learn(longer, returns, longer, nothing, epochs)

@@ -5,16 +5,21 @@ Each life of a stage is a forked process, so that a life costs no imports and di
 
 import hashlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 import warnings
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import torch
@@ -28,6 +33,7 @@ from stages.lib.run.artefacts import write_parquet
 from stages.lib.run.checkpoints import Checkpoints, Stopped, key_of
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
+from tests.conftest import REPO
 from tests.support.corrupted_tables import write_negatives, write_reward_negatives
 
 BASE = Base(seed=42, precision="fp32")
@@ -460,3 +466,181 @@ def test_signals_are_left_alone_outside_the_main_thread(project):
     thread.start()
     thread.join()
     assert not failures
+
+
+def test_a_checkpoint_of_a_precision_without_a_loss_scale_is_taken_up_with_a_fresh_one(project, capsys):
+    saved_once(project)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    with pytest.raises(KeyboardInterrupt), Checkpoints("train_dpo", project, BASE, DPO) as stage:
+        assert stage.load(box=Box(), scaler=scaler) == {"step": 1}
+        assert "train_dpo: the checkpoint has no scaler, being of another precision" in capsys.readouterr().out
+        assert scaler.get_scale() == 8.0
+        stage.save_if_due(step=2)
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), Checkpoints("train_dpo", project, BASE, DPO) as stage:
+        assert stage.load(box=Box(), scaler=None) == {"step": 2}  # and back again
+        stage.save_if_due(step=3)
+        raise KeyboardInterrupt
+    disabled = torch.amp.GradScaler("cpu", enabled=False)  # its state is empty, and it refuses any
+    with pytest.raises(KeyboardInterrupt), Checkpoints("train_dpo", project, BASE, DPO) as stage:
+        stage.load(box=Box(), scaler=disabled)
+        stage.save_if_due(step=4)
+        raise KeyboardInterrupt
+    with Checkpoints("train_dpo", project, BASE, DPO) as stage:
+        assert stage.load(box=Box(), scaler=torch.amp.GradScaler("cpu")) == {"step": 4}
+
+
+def process_of_two(rank: int, port: int, root: Path, ready) -> fork.Process:
+    """One of two processes of train_dpo. The main one takes its time over a save, and says when it begins its third
+    step."""
+
+    def live():
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "CHECKPOINT_MINUTES": "60"}
+        torch.set_num_threads(1)
+        save, run_batch, steps = torch.save, train_dpo.run_batch, 0
+
+        def slow_save(state, target, **how):
+            save(state, target, **how)
+            if isinstance(target, Path):
+                os.truncate(target, 100)
+                time.sleep(0.5)
+                save(state, target, **how)
+
+        def noted(*args, train):
+            nonlocal steps
+            steps += train
+            if steps == 3 and rank == 0:
+                ready.set()
+            return run_batch(*args, train=train)
+
+        torch.save, train_dpo.run_batch = slow_save, noted
+        try:
+            train_dpo.main(BASE, DPO, root)
+        except Stopped:
+            os._exit(1)  # as run_stage does
+        os._exit(0)
+
+    process = fork.Process(target=live, daemon=True)
+    process.start()
+    return process
+
+
+def launch(root: Path, signals) -> list[int]:
+    """Both processes under a launcher: it ends those that are left once one has failed. Their exit codes.
+
+    Args:
+        signals: called with both process ids when the third step begins.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ready = fork.Event()
+    processes = [process_of_two(rank, port, root, ready) for rank in range(2)]
+    if signals and ready.wait(60):
+        signals(*(process.pid for process in processes))
+    multiprocessing.connection.wait([process.sentinel for process in processes])
+    for process in processes:
+        if any(other.exitcode for other in processes):  # torchrun: SIGTERM, and after 30 seconds SIGKILL
+            process.terminate()
+    for process in processes:
+        process.join(30)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def to_main(main: int, _: int) -> None:
+    os.kill(main, signal.SIGTERM)
+
+
+def to_both(main: int, other: int) -> None:
+    for process in (main, other):
+        os.kill(process, signal.SIGTERM)
+
+
+def to_all_and_passed_on(main: int, other: int) -> None:
+    """As Ctrl-C in a terminal: the processes have the signal already when their launcher passes it on."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for process in (main, other):
+            os.kill(process, number)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("signals", [to_main, to_both, to_all_and_passed_on])
+def test_two_processes_asked_to_end_have_saved_and_go_on_to_the_same_bytes(project, signals):
+    assert launch(project, None) == [0, 0]
+    expected = outputs("train_dpo", project)
+    forget_outputs("train_dpo", project)
+    assert launch(project, signals) == [
+        1,
+        1,
+    ]  # by themselves: a process that the launcher had to kill would say so
+    (saved,) = project.glob("checkpoints/train_dpo/*/checkpoint.pt")
+    assert len(torch.load(saved, weights_only=True)["values"]["history"]) == 3
+    assert launch(project, None) == [0, 0]
+    assert outputs("train_dpo", project) == expected
+
+
+TORCHRUN = """
+import sys
+from pathlib import Path
+import torch
+from stages import train_dpo
+from stages.lib.run import checkpoints
+from stages.lib.run.errors import UserError
+from tests.run.test_checkpoints import BASE, DPO
+torch.set_num_threads(1)
+root = Path(sys.argv[1])
+run_batch = train_dpo.run_batch
+def noted(*args, train):
+    if train:
+        (root / "begun").touch()
+    return run_batch(*args, train=train)
+train_dpo.run_batch = noted
+try:
+    train_dpo.main(BASE, DPO, root)
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["main process", "all at once", "launcher"])
+def test_under_torchrun_a_sigterm_of_any_kind_leads_to_the_same_bytes(project, way):
+    script = project / "script.py"
+    script.write_text(TORCHRUN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CHECKPOINT_MINUTES": "60"}
+
+    def run(delay: float | None) -> int:
+        (project / "begun").unlink(missing_ok=True)
+        launcher = subprocess.Popen(
+            [*command, str(project)], cwd=REPO, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
+        )
+        if delay is not None:
+            while not (project / "begun").exists() and launcher.poll() is None:
+                time.sleep(0.02)
+            time.sleep(delay)
+            children = psutil.Process(launcher.pid).children(recursive=True)
+            ranks = {child.environ().get("RANK"): child for child in children if "RANK" in child.environ()}
+            if way == "main process":
+                ranks["0"].terminate()
+            elif way == "launcher":
+                launcher.terminate()
+            else:
+                os.killpg(launcher.pid, signal.SIGTERM)
+        return launcher.wait(120)
+
+    assert run(None) == 0
+    expected = outputs("train_dpo", project)
+    moments, killed = random.Random(3), 0
+    while killed < 20:
+        forget_outputs("train_dpo", project)
+        if run(moments.uniform(0, 0.4)) == 0:
+            assert outputs("train_dpo", project) == expected
+        else:
+            killed += 1
+            assert list(project.glob("checkpoints/train_dpo/*/checkpoint.pt")), "the last save is whole"
+    forget_outputs("train_dpo", project)
+    assert run(None) == 0 and outputs("train_dpo", project) == expected

@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field, ValidationError, model_validator
 
 from stages.lib.run.errors import UserError
-from stages.lib.run.params import Base, Section, load_param, load_params, read_params
+from stages.lib.run.params import Base, MicroBatchTokens, Section, load_param, load_params, read_params
 
 
 class Params(Section):
@@ -17,6 +17,7 @@ class Params(Section):
     name: str = Field(min_length=1)
     flags: dict[str, bool]
     shares: list[float]
+    tokens: MicroBatchTokens
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -26,6 +27,7 @@ class Params(Section):
 
 
 GOOD = "rate: 5.0e-7\n  steps: 3\n  limit: null\n  kind: a\n  name: x\n  flags: {x: true}\n  shares: [0.5]"
+GOOD += "\n  tokens: auto"
 
 
 def write(root, section):
@@ -35,7 +37,7 @@ def write(root, section):
 
 def test_a_good_section(tmp_path):
     assert load_params("train", Params, write(tmp_path, GOOD)) == Params(
-        rate=5e-7, steps=3, limit=None, kind="a", name="x", flags={"x": True}, shares=[0.5]
+        rate=5e-7, steps=3, limit=None, kind="a", name="x", flags={"x": True}, shares=[0.5], tokens="auto"
     )
 
 
@@ -75,6 +77,8 @@ def test_a_whole_number_serves_as_a_float(tmp_path):
         ("{x: true}", "{3: true}", "'train.flags' must have texts as keys, not 3"),
         ("{x: true}", "{x: 1}", "'train.flags.x' must be bool, not 1"),
         ("{x: true}", "[true]", "'train.flags' must be dict"),
+        ("tokens: auto", "tokens: 0", "'train.tokens' must be int above 0 or 'auto', not 0"),
+        ("tokens: auto", "tokens: all", "'train.tokens' must be int above 0 or 'auto', not 'all'"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, old, new, message):

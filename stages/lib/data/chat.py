@@ -122,8 +122,11 @@ def tokenize_row(
 
     Raises:
         ValueError: a limit below one.
+        ChatError: the tokenizer writes a completion otherwise alone than after its prompt.
     """
-    ids = {f"{name}_input_ids": text_ids(example[name], tokenizer) for name in ("prompt", "chosen", "rejected")}
+    ids = {"prompt_input_ids": text_ids(example["prompt"], tokenizer)}
+    for name in ("chosen", "rejected"):
+        ids[f"{name}_input_ids"] = completion_ids(example["prompt"], example[name], tokenizer)
     return truncate(ids, max_prompt_length, max_completion_length)
 
 
@@ -159,6 +162,28 @@ def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def completion_ids(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a completion where it stands: the model goes on from the prompt's own ids.
+
+    Those that the two texts have together, after the prompt's. By themselves SentencePiece's tokenizers begin every
+    text with a space, so that a completion would start with a token which the model never writes there. Where the
+    border runs through a token (byte-level BPE joins two newlines), the completion's own, which say the same.
+
+    Raises:
+        ChatError: neither is the conversation.
+    """
+    prompt_ids, whole = text_ids(prompt, tokenizer), text_ids(prompt + completion, tokenizer)
+    if whole[: len(prompt_ids)] == prompt_ids:
+        return whole[len(prompt_ids) :]
+    alone = text_ids(completion, tokenizer)
+    if tokenizer.decode(prompt_ids + alone) != tokenizer.decode(whole):
+        raise ChatError(
+            f"the tokenizer writes the completion {completion[:40]!r} otherwise alone than after its prompt, and joins "
+            "the border of the two; choose a base model with another tokenizer"
+        )
+    return alone
+
+
 def closed_by_eos(prompt_ids: list[int], completion_ids: list[int], eos_token_id: int) -> list[int]:
     """The whole conversation up to its last EOS, as the reward model reads it; a cut one's last id becomes EOS.
 
@@ -178,6 +203,9 @@ def generation_header_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches each special or added token's text: inside a message, `<|im_end|>` would end the turn."""
-    tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    """Matches each special or added token's text: inside a message, `<|im_end|>` would end the turn.
+
+    Not the runs of spaces and line breaks that some tokenizers (GPT-NeoX, Phi) have as added tokens: they are text.
+    """
+    tokens = {*tokenizer.all_special_tokens, *(token for token in tokenizer.get_added_vocab() if token.strip())}
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))

@@ -33,6 +33,21 @@ def write_reference_logps(root: Path, logps: dict[str, dict[str, list]], source:
     write_json(root / FOLDER / "fingerprint.json", source)
 
 
+def other_precision(root: Path, precision: str) -> str | None:
+    """A warning in words where the log-probs were computed in another precision than this run's; else None.
+
+    `base.precision: auto` is one parameter on all machines: those of a machine with bf16 are taken over by one without.
+    """
+    recorded = read_json(root / FOLDER / "fingerprint.json")["precision"]
+    if recorded == precision:
+        return None
+    return (
+        f"{FOLDER} is of {recorded}, this run of {precision}: rewards do not begin at 0, but at what rounding makes of "
+        "an answer (up to 0.4 nats). For the same on both sides name base.precision, or run `dvc repro -f "
+        "reference_logps` first"
+    )
+
+
 def read_reference_logps(root: Path, split: str) -> dict[str, list]:
     """The columns row, prompt_id, chosen_logps and rejected_logps (nats) of `split` ('train', 'heldout').
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from stages.lib.data.chat import (
     apply_chat_template,
     closed_by_eos,
+    completion_ids,
     render_completion,
     render_prompt,
     text_ids,
@@ -65,7 +66,7 @@ def token_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Ids:
     prompt, response = render_completion(question, answer, tokenizer, f"row {row['row']} of the unseen texts")
     return {
         "prompt_input_ids": text_ids(prompt, tokenizer),
-        "response_input_ids": text_ids(response, tokenizer),
+        "response_input_ids": completion_ids(prompt, response, tokenizer),
     }
 
 

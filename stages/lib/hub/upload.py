@@ -145,14 +145,36 @@ def publish_collection(
     return collection.slug
 
 
-def _ensure_repository(api: HfApi, repo_id: str, private: bool) -> None:
+def require_own(api: HfApi, repo_id: str, mark: str) -> None:
+    """Changes nothing.
+
+    Args:
+        mark: a file that every repository published from here holds.
+
+    Raises:
+        HubError: the repository holds files, and not this one: it is another's, or of another project.
+    """
+    info = _find(api, repo_id)
+    files = {sibling.rfilename for sibling in (info.siblings if info else None) or []} - MADE_BY_HUB
+    if files and mark not in files:
+        raise HubError(
+            f"{repo_id} holds {len(files)} file(s) that were not published from here, {min(files)} among them, which "
+            "would be removed: change publish_hub.name, or set publish_hub.replace to true"
+        )
+
+
+def _find(api: HfApi, repo_id: str) -> ModelInfo | None:
     def find() -> ModelInfo | None:
         try:
             return _info(api, repo_id)
         except RepositoryNotFoundError:
             return None
 
-    info = _call(f"looking for {repo_id}", find)
+    return _call(f"looking for {repo_id}", find)
+
+
+def _ensure_repository(api: HfApi, repo_id: str, private: bool) -> None:
+    info = _find(api, repo_id)
     if info is None:
         _call(f"creating {repo_id}", lambda: api.create_repo(repo_id, private=private, exist_ok=True))
     elif info.private != private:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import pad, scaled_dot_product_attention, silu
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
@@ -37,6 +37,7 @@ def packed_attention(
     s_aux: Tensor | None = None,
     sequence_lengths: list[int] | None = None,
     contexts: list[int | None] | None = None,
+    sequence_ends: Tensor | None = None,
     **_,
 ) -> tuple[Tensor, None]:
     """Causal attention within each of the sequences that lie one after another in a row.
@@ -47,6 +48,8 @@ def packed_attention(
         sequence_lengths: tokens of each sequence, in order.
         contexts: for each sequence the number of an earlier one that it continues: it sees all that this one
             sees; None: it starts afresh. Left out: all start afresh.
+        sequence_ends: (number of sequences + 1,) int32, 0 and the running sums of `sequence_lengths`, on the device;
+            left out, they are copied there.
 
     Returns:
         (1, T, H, D), and None in place of attention weights.
@@ -67,11 +70,16 @@ def packed_attention(
         )
     flash = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embedding left them in float32
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and spans == sequence_lengths:
-        ends = torch.tensor([0, *sequence_lengths], device=query.device).cumsum(0, dtype=torch.int32)
+    if spans == sequence_lengths and runs_varlen(query):
+        if sequence_ends is None:
+            sequence_ends = torch.tensor([0, *sequence_lengths], device=query.device).cumsum(0, dtype=torch.int32)
         rows = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))  # (T, H, D) each
-        output = varlen_attn(*rows, ends, ends, longest, longest, window_size=(-1, 0), **flash)
+        output = varlen_attn(*rows, sequence_ends, sequence_ends, longest, longest, window_size=(-1, 0), **flash)
         return output.unsqueeze(0), None
+    width = query.shape[-1]
+    if query.is_cuda:
+        query, key, value = _for_memory_efficient_kernel(query, key, value)
+        flash = {"scale": scaling or width**-0.5}
     # split, not slices: its backward is one concatenation instead of a full-size tensor per sequence
     queries, keys, values = (list(x.split(sequence_lengths, dim=2)) for x in (query, key, value))
     outputs = []
@@ -86,7 +94,37 @@ def packed_attention(
             outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, **flash))
         else:
             outputs.append(scaled_dot_product_attention(q, k, v, _future(q, k), **flash))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2)[..., :width].transpose(1, 2), None
+
+
+def runs_varlen(query: Tensor) -> bool:
+    """Whether `varlen_attn`, which is FlashAttention, computes these heads: (1, H, T, D).
+
+    torch 2.13: half precision, CUDA cards of compute capability 8.0 and up (not T4, RTX 20xx, V100), head sizes that
+    are multiples of 8 up to 256; it has no fallback of its own.
+    """
+    width = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and width % 8 == 0
+        and width <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _for_memory_efficient_kernel(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same heads as that kernel of `scaled_dot_product_attention` takes them, from (1, H, T, D).
+
+    It has no grouped heads, and sizes must be multiples of 8 (torch 2.13); what it refuses goes to a kernel that
+    makes every sequence's whole matrix of weights. Zeros beyond a head's end change no score.
+    """
+    copies = query.shape[1] // key.shape[1]
+    if copies > 1:
+        key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
+    if missing := -query.shape[-1] % 8:
+        query, key, value = (pad(x, (0, missing)) for x in (query, key, value))
+    return query, key, value
 
 
 def _written_out(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
@@ -221,6 +259,7 @@ def hidden_states(backbone: nn.Module, batch: PackedBatch) -> Tensor:
         use_cache=False,
         sequence_lengths=batch.sequence_lengths,
         contexts=batch.contexts,
+        sequence_ends=batch.sequence_ends,
     ).last_hidden_state[0]
 
 

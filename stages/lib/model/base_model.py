@@ -1,6 +1,8 @@
 """A chat model from a GGUF file or a folder, as an ordinary fp32 model and a tokenizer that fits it."""
 
 import dataclasses
+import datetime
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from stages.lib.model.loading import set_seed
 from stages.lib.run.errors import UserError
 
 # what transformers, gguf and safetensors raise on damaged files
+DATE = datetime.date(2024, 7, 26)  # Llama 3.2's own, where a template cannot ask for today's
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, struct.error)
 UNREADABLE += (SafetensorError,)
 
@@ -130,6 +133,7 @@ def set_special_tokens(
         raise UserError(f"{name}: the tokenizer has no chat template; choose an instruction-tuned model")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no EOS token; choose an instruction-tuned model")
+    tokenizer.chat_template = settled_template(tokenizer.chat_template, name)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"{name}: the tokenizer has {len(tokenizer)} tokens, the embedding {model.config.vocab_size} rows"
@@ -156,6 +160,27 @@ def set_special_tokens(
     }
     model.config.update(ids)
     model.generation_config = GenerationConfig(**ids)
+
+
+def settled_template(template: str | dict[str, str], name: str) -> str | dict[str, str]:
+    """The chat template with what would change by itself held fast.
+
+    Today's date (Llama 3.2, SmolLM3) becomes a fixed one: a prompt would have other token ids tomorrow. Where a
+    model can think before it answers (Qwen3, SmolLM3), it does not: the pairs hold answers alone, and a sampled one
+    is only as long as theirs. Written into the template, so that whoever loads the tokenizer does the same.
+
+    Raises:
+        UserError: it asks for the date in a way that cannot be replaced.
+    """
+    if isinstance(template, dict):
+        return {key: str(settled_template(each, name)) for key, each in template.items()}
+    call = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
+    settled = call.sub(lambda found: f'"{DATE.strftime(found[1] or found[2])}"', template)
+    if "strftime_now" in settled.replace("strftime_now is defined", ""):
+        raise UserError(f"{name}: its chat template writes today's date; choose another base model")
+    if "enable_thinking" in settled:
+        settled = "{%- set enable_thinking = false %}" + settled
+    return settled
 
 
 def _rendered_turn(tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:

@@ -15,9 +15,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 from stages.lib.model.llama_step import LlamaStep, is_plain_llama
 from stages.lib.model.loading import DTYPES
 from stages.lib.model.packing import shared_prefix_length, shares_prefixes
+from stages.lib.run.errors import UserError
 
 CACHE_BLOCK = 64  # positions by which the key-value cache grows
 SAMPLE_BLOCK = 256  # tokens whose probabilities are summed before one of them is looked for
+NOT_A_NUMBER = -1  # in place of a token
 ROW_BLOCK = 4  # rows by which a batch shrinks: MKL takes half as long again for 7 rows as for 8
 
 
@@ -136,14 +138,16 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: float | Tensor, t
         temperature: for all, or (B, 1).
 
     Returns:
-        (B,) token ids.
+        (B,) token ids; NOT_A_NUMBER where there is no distribution, which the host sees when it reads the tokens.
     """
     probs = torch.softmax(logits.float() / temperature, dim=-1)
     tokens = None
     if top_p < 1:
         probs, tokens = _nucleus(probs, top_p)
     picked = _inverse_transform(probs, uniform)
-    return picked if tokens is None else tokens.gather(1, picked[:, None]).squeeze(1)
+    if tokens is None:
+        return picked
+    return torch.where(picked < 0, picked, tokens.gather(1, picked.clamp(min=0)[:, None]).squeeze(1))
 
 
 def _inverse_transform(probs: Tensor, uniform: Tensor) -> Tensor:
@@ -156,10 +160,13 @@ def _inverse_transform(probs: Tensor, uniform: Tensor) -> Tensor:
     blocks = functional.pad(probs, (0, -probs.shape[1] % SAMPLE_BLOCK)).unflatten(1, (-1, SAMPLE_BLOCK))
     sums = blocks.sum(-1).cumsum(-1, dtype=exact)  # few terms a block: as exact in float32 as they are
     target = uniform.to(sums)[:, None] * sums[:, -1:]
+    broken = target[:, 0].isnan()
+    target, sums = target.nan_to_num(0.0), sums.nan_to_num(0.0)
     block = _first_above(sums, target)
     before = functional.pad(sums, (1, 0)).gather(1, block)
     inside = blocks[torch.arange(len(blocks), device=probs.device), block[:, 0]].to(exact).cumsum(-1)
-    return (block * SAMPLE_BLOCK + _first_above(inside, target - before)).squeeze(1)
+    picked = (block * SAMPLE_BLOCK + _first_above(inside, target - before)).squeeze(1)
+    return picked.masked_fill(broken, NOT_A_NUMBER)
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
@@ -186,13 +193,19 @@ def _next_tokens(logits: Tensor, uniform: Tensor, temperatures: list[float | Non
     """(B,) tokens: the likeliest where the temperature is None, else sampled."""
     sampled = [row for row, temperature in enumerate(temperatures) if temperature is not None]
     if not sampled:
-        return logits.argmax(-1)
+        return _likeliest(logits)
     heat = torch.tensor([temperatures[row] for row in sampled], device=logits.device)[:, None]
     if len(sampled) == len(temperatures):
         return sample_token(logits, uniform, heat, top_p)
-    tokens = logits.argmax(-1)
+    tokens = _likeliest(logits)
     tokens[sampled] = sample_token(logits[sampled], uniform[sampled], heat, top_p)
     return tokens
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """(B,) tokens, NOT_A_NUMBER for a row with a NaN, which counts as its largest."""
+    tokens = logits.argmax(-1)
+    return tokens.masked_fill(logits.gather(1, tokens[:, None])[:, 0].isnan(), NOT_A_NUMBER)
 
 
 class RoomyLayer(DynamicLayer):
@@ -262,6 +275,8 @@ def _decode(
         logits[:, tokenizer.pad_token_id] = -torch.inf
         tokens = _next_tokens(logits, uniforms[rows, step], [temperatures[i] for i in rows], top_p)
         answered = tokens.tolist()
+        if NOT_A_NUMBER in answered:
+            raise UserError("the model's logits are not numbers (NaN); train it anew, or try base.precision=fp32")
         for place in going:
             responses[rows[place]].append(answered[place])
         before = len(going)

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import sys
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import GradScalerKwargs
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +21,8 @@ from stages.lib.run.artefacts import NoRoomError, is_no_room, require_room
 from stages.lib.run.errors import UserError
 
 Module = TypeVar("Module", bound=nn.Module)
+# torch's 2^16 overflows fp16 where a loss is of summed log-probs, and throws steps away
+INITIAL_LOSS_SCALE = 2.0**10
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -41,21 +45,40 @@ def pick_device() -> torch.device:
 
     The environment, not params.yaml: moving to another machine must not by itself rerun a trained model.
     Under torchrun each process takes the GPU of its local rank.
+
+    Raises:
+        UserError: the device cannot compute: it is not there, or this build of torch has no kernels for it.
     """
     name = os.environ.get("DEVICE", "")
+    asked = f"DEVICE={name}" if name else ""
     if not name:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+        with warnings.catch_warnings(record=True) as caught:  # torch warns of a driver too old for it, and says no
+            warnings.simplefilter("always")
+            name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+        complaints = [str(warning.message) for warning in caught if "CUDA" in str(warning.message)]
+        if name == "cpu" and complaints and _is_main_process():
+            print(f"warning: runs on the CPU, since CUDA does not work here: {complaints[0]}", file=sys.stderr)
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        ones = torch.ones(8, 8, device=device)
+        works = float((ones @ ones).sum()) == 512.0  # an empty tensor needs no kernel
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"DEVICE={name}: not usable here ({error}); unset it or choose cpu") from error
+        remedy = (
+            "unset it or choose cpu" if asked else "set DEVICE=cpu, or install a torch that has kernels for it"
+        )
+        raise UserError(f"{asked or name}: not usable here ({error}); {remedy}") from error
+    if not works:
+        raise UserError(f"{asked or name}: multiplies wrongly; set DEVICE=cpu")
     if device.type == "cpu":
         torch.set_flush_denormal(True)  # a saturated loss makes denormal gradients, which CPUs crawl through
         _keep_freed_memory()
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _keep_freed_memory() -> None:
@@ -71,11 +94,20 @@ def _keep_freed_memory() -> None:
 
 
 def pick_precision(precision: str, device: torch.device) -> str:
-    """Resolves `auto`: bf16 where the hardware multiplies it, fp16 on older CUDA cards, else fp32.
+    """Resolves `auto`: bf16 where the hardware multiplies it, fp16 on older CUDA cards, else fp32; says what it took.
 
     Returns:
         'bf16', 'fp16' or 'fp32'.
     """
+    found = resolve_precision(precision, device)
+    if _is_main_process():
+        name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+        print(f"on {device}{name} in {found}")
+    return found
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`pick_precision`, saying nothing."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -96,7 +128,11 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 def make_accelerator(device: torch.device, precision: str) -> Accelerator:
     """Accelerate's view of `device` and `precision`; processes come from torchrun or `accelerate launch`."""
     mixed_precision = "no" if precision == "fp32" else precision
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=mixed_precision,
+        kwargs_handlers=[GradScalerKwargs(init_scale=INITIAL_LOSS_SCALE)],
+    )
     if accelerator.distributed_type == DistributedType.FSDP:
         # accelerate 1.15 would round weights, reduced gradients and log-probs to `precision`; autocast is enough
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
@@ -104,6 +140,14 @@ def make_accelerator(device: torch.device, precision: str) -> Accelerator:
         # accelerate 1.15 keeps the first precision of a process; under a launcher its own setting could win
         raise UserError(f"precision {precision} was asked for, accelerate runs {accelerator.mixed_precision}")
     return accelerator
+
+
+def loss_scale(accelerator: Accelerator) -> float:
+    """By which fp16's scaler multiplies losses: less after a step than before where that step was skipped.
+
+    Accelerate 1.15's own flag stays False with a fused optimizer. 1 where nothing is scaled.
+    """
+    return accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

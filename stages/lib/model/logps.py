@@ -15,6 +15,7 @@ from stages.lib.model.loading import autocast
 from stages.lib.model.packing import PackedBatch, packed_groups, read_tokens
 from stages.lib.run.errors import UserError
 
+GPU_SLICE_ELEMENTS = 2**25  # 128 MB: fewer, larger products; a card's cache would hold neither
 SLICE_ELEMENTS = 2**22  # logits held at a time: 16 MB in fp32, small enough for a CPU's last-level cache
 
 
@@ -89,8 +90,11 @@ class _TokenLogps(torch.autograd.Function):
             part = weight[start : start + step].to(hidden.dtype)
             # d logp / d logits = one-hot(label) - softmax(logits)
             grad_logits = torch.exp((hidden @ part.T).float() - log_normalizer[:, None]).neg_()
-            here = ((labels >= start) & (labels < start + step)).nonzero().squeeze(1)
-            grad_logits[here, labels[here] - start] += 1
+            here = (
+                labels - start
+            )  # the label's column, where it lies in this slice: no index that the host must know
+            inside = (here >= 0) & (here < len(part))
+            grad_logits.scatter_add_(1, here.clamp(0, len(part) - 1)[:, None], inside[:, None].float())
             grad_logits = (grad_logits.mul_(grad[:, None])).to(hidden.dtype)
             grad_hidden += grad_logits @ part
             grad_weight[start : start + step] = grad_logits.T @ hidden
@@ -98,7 +102,8 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _slice_rows(hidden: Tensor) -> int:
-    return max(1, SLICE_ELEMENTS // max(1, len(hidden)))
+    elements = GPU_SLICE_ELEMENTS if hidden.is_cuda else SLICE_ELEMENTS
+    return max(1, elements // max(1, len(hidden)))
 
 
 def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ class PackedBatch:
     position_ids:      (1, T) restarting at 0 in each sequence, or going on where its context ends
     sequence_lengths:  ints whose sum is T; S of them unless prefixes are shared
     contexts:          for each of these sequences the number of an earlier one that it continues, or None
+    sequence_ends:     int32, 0 and the running sums of sequence_lengths: attention's kernels read them in every layer
     num_completions:   S
     completion_index:  (N,) positions whose hidden state predicts a completion token
     last_index:        (S,) position of each completion's last token
@@ -80,6 +81,7 @@ class PackedBatch:
     position_ids: Tensor
     sequence_lengths: list[int]
     contexts: list[int | None]
+    sequence_ends: Tensor
     num_completions: int
     completion_index: Tensor
     last_index: Tensor
@@ -139,6 +141,7 @@ def pack(
         position_ids=torch.tensor([position_ids]),
         sequence_lengths=sequence_lengths,
         contexts=contexts,
+        sequence_ends=torch.tensor([0, *sequence_lengths]).cumsum(0, dtype=torch.int32),
         num_completions=len(completions),
         completion_index=torch.tensor([place for places, start in spans for place in places[start - 1 : -1]]),
         last_index=torch.tensor([places[-1] for places, _ in spans]),

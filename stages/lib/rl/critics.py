@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.loading import autocast
+from stages.lib.model.memory import MemoryDial
 from stages.lib.model.packing import PackedBatch, read_tokens
 from stages.lib.model.reward import apply_head, backbone_of
 from stages.lib.rl.losses import value_losses
@@ -110,11 +111,11 @@ class SeparateCritic:
         vf_coef: float,
         cliprange_value: float,
         max_grad_norm: float,
-        micro_batch_tokens: int,
+        dial: MemoryDial,
     ):
         self.accelerator, self.precision = accelerator, precision
         self.vf_coef, self.cliprange_value = vf_coef, cliprange_value
-        self.max_grad_norm, self.micro_batch_tokens = max_grad_norm, micro_batch_tokens
+        self.max_grad_norm, self.dial = max_grad_norm, dial
         self.head = ValueHead(model)
         optimizer = torch.optim.AdamW(self.head.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
         self.wrapped, self.optimizer = accelerator.prepare(self.head, optimizer)
@@ -131,7 +132,7 @@ class SeparateCritic:
             return (self.head(batch),)
 
         with use_packed_attention(backbone_of(self.head.model)), autocast(device, self.precision):
-            return read_tokens(read, *texts, self.micro_batch_tokens, device)[0]
+            return self.dial.run(read_tokens, read, *texts, device=device)[0]
 
     def learn(
         self, rollout: Rollout, returns: Tensor, share: Rollout, features: Tensor, steps: list[list[int]]
@@ -144,7 +145,7 @@ class SeparateCritic:
         taken = []
         with use_packed_attention(backbone_of(self.head.model)):
             for answers in steps:
-                how = (losses_of, self.micro_batch_tokens, self.max_grad_norm, self.vf_coef)
+                how = (losses_of, self.dial, self.max_grad_norm, self.vf_coef)
                 step = optimizer_step(self.accelerator, self.wrapped, self.optimizer, rollout, answers, *how)
                 taken.append((sum(len(rollout.responses[i]) for i in answers), step))
         self.scheduler.step()

@@ -4,7 +4,6 @@ Under a launcher each process answers and reads its share of the prompts; `gathe
 whole rollout in its one order, so that rewards and advantages are computed everywhere and differ nowhere.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -16,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.lib.model.attention import hidden_states, use_packed_attention
-from stages.lib.model.generate import generate
+from stages.lib.model.generate import generate, in_precision
 from stages.lib.model.loading import DTYPES, autocast, cast_linear_layers, freeze, own_memory
 from stages.lib.model.logps import TokenLogps, read_answers
+from stages.lib.model.memory import MemoryDial
 from stages.lib.model.packing import PackedBatch, read_tokens
 from stages.lib.model.reward import apply_head, backbone_of, closed, same_weights
 
@@ -86,20 +86,20 @@ class Actor:
         accelerator: Accelerator,
         precision: str,
         response_length: int,
-        micro_batch_tokens: int,
+        dial: MemoryDial,
     ):
         """
         Args:
             policy: not wrapped for training; its weights are the optimizer's.
             response_length: tokens of an answer, at most.
-            micro_batch_tokens: memory dial of a forward pass.
+            dial: tokens of a forward pass.
         """
         self.policy, self.tokenizer, self.accelerator = policy, tokenizer, accelerator
         self.precision = precision
-        self.response_length, self.micro_batch_tokens = response_length, micro_batch_tokens
+        self.response_length, self.dial = response_length, dial
         self.sampler = policy.model  # decoding is bound by reading weights: a copy in the lower precision
         if precision != "fp32":
-            self.sampler = freeze(copy.deepcopy(policy.model).to(DTYPES[precision]))
+            self.sampler = freeze(in_precision(policy.model, precision))
 
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], seed: int) -> tuple[list[int], list[list[int]]]:
@@ -130,7 +130,7 @@ class Actor:
         """The policy answers the prompts and reads its answers once; what the frozen side adds is still empty."""
         places, responses = self.sample(prompts, seed)
         own = [prompts[i] for i in places]
-        logps, entropies = read_answers(self.policy, own, responses, self.micro_batch_tokens, self.precision)
+        logps, entropies = self.dial.run(read_answers, self.policy, own, responses, precision=self.precision)
         eos = self.tokenizer.eos_token_id
         ended = torch.tensor([response[-1] == eos for response in responses])
         nothing = torch.empty(0)
@@ -150,11 +150,11 @@ class FrozenSide:
         temperature: float,
         tokenizer: PreTrainedTokenizerBase,
         precision: str,
-        micro_batch_tokens: int,
+        dial: MemoryDial,
     ):
         self.reference, self.reward_model = freeze(reference), freeze(reward_model)
         self.temperature, self.tokenizer = temperature, tokenizer
-        self.precision, self.micro_batch_tokens = precision, micro_batch_tokens
+        self.precision, self.dial = precision, dial
         self.policy_like = TokenLogps(reference, temperature)
         backbone = reference.get_decoder()
         self.shares_backbone = same_weights(backbone, backbone_of(reward_model))
@@ -209,4 +209,4 @@ class FrozenSide:
 
     def _pass(self, read: Callable, model: PreTrainedModel, prompts: list, responses: list) -> list[Tensor]:
         with use_packed_attention(model), autocast(model.device, self.precision):
-            return read_tokens(read, prompts, responses, self.micro_batch_tokens, model.device)
+            return self.dial.run(read_tokens, read, prompts, responses, device=model.device)

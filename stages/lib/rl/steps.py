@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from stages.lib.model.loading import loss_scale
+from stages.lib.model.memory import MemoryDial
 from stages.lib.model.packing import micro_batches_of_process, pack, shares_prefixes
 from stages.lib.rl.rollout import Rollout
 
@@ -37,7 +39,7 @@ def optimizer_step(
     rollout: Rollout,
     answers: list[int],
     losses_of: Losses,
-    micro_batch_tokens: int,
+    dial: MemoryDial,
     max_grad_norm: float,
     coef: float = 1.0,
     forbidden: Callable[[dict[str, float]], bool] = lambda means: False,
@@ -46,6 +48,7 @@ def optimizer_step(
 
     Args:
         module: takes a packed batch; prepared by `accelerator`, under packed attention.
+        dial: tokens of a micro-batch.
         coef: weight of the loss.
         max_grad_norm: clipping; 0: none.
         forbidden: whether these means forbid the step; the gradient is then thrown away.
@@ -56,8 +59,36 @@ def optimizer_step(
         and `skipped`, 0 or 1.
 
     Raises:
-        Collapse: the gradient is not finite. Nothing has been changed then.
+        Collapse: the gradient is not finite, and no scale of fp16's makes it so. Nothing has been changed then.
     """
+    how = (accelerator, module, rollout, answers, losses_of, coef)
+    means = dial.run(mean_gradient, *how, undo=optimizer.zero_grad)
+    if forbidden(means):
+        optimizer.zero_grad()
+        return means | {"grad_norm": 0.0, "steps": 0, "skipped": 0}
+    norm = float(accelerator.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf))
+    if not math.isfinite(norm) and accelerator.scaler is None:
+        optimizer.zero_grad()
+        raise Collapse(f"the gradient's norm is {norm}")
+    scale = loss_scale(accelerator)
+    optimizer.step()  # with fp16's scaler, a step whose gradient overflowed is skipped and the scale halved
+    optimizer.zero_grad()
+    skipped = loss_scale(accelerator) < scale
+    if skipped and loss_scale(accelerator) < 1:
+        raise Collapse(f"the gradient's norm is {norm}, at a loss scale below 1 too; try base.precision=fp32")
+    return means | {"grad_norm": 0.0 if skipped else norm, "steps": int(not skipped), "skipped": int(skipped)}
+
+
+def mean_gradient(
+    accelerator: Accelerator,
+    module: nn.Module,
+    rollout: Rollout,
+    answers: list[int],
+    losses_of: Losses,
+    coef: float,
+    micro_batch_tokens: int,
+) -> dict[str, float]:
+    """Adds the gradient of `optimizer_step`'s loss to the module's parameters; the means over the tokens."""
     prompts, responses = rollout.prompts, rollout.responses
     num_tokens = sum(len(responses[i]) for i in answers)
     parts = micro_batches_of_process(
@@ -82,18 +113,8 @@ def optimizer_step(
             before = sums.get(name, torch.zeros_like(value))
             sums[name] = torch.maximum(before, value) if name.endswith("max") else before + value
     everywhere = cast(Tensor, accelerator.gather(torch.stack(list(sums.values()))[None]))
-    means = {
-        name: (column.max() if name.endswith("max") else column.sum() / num_tokens).item()
+    means = [
+        column.max() if name.endswith("max") else column.sum() / num_tokens
         for name, column in zip(sums, everywhere.T, strict=True)
-    }
-    if forbidden(means):
-        optimizer.zero_grad()
-        return means | {"grad_norm": 0.0, "steps": 0, "skipped": 0}
-    norm = float(cast(Tensor, accelerator.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf)))
-    skipped = not math.isfinite(norm)
-    if skipped and accelerator.scaler is None:
-        optimizer.zero_grad()
-        raise Collapse(f"the gradient's norm is {norm}")
-    optimizer.step()  # with fp16's scaler, a step whose gradient overflowed is skipped and the scale halved
-    optimizer.zero_grad()
-    return means | {"grad_norm": 0.0 if skipped else norm, "steps": int(not skipped), "skipped": int(skipped)}
+    ]
+    return dict(zip(sums, torch.stack(means).tolist(), strict=True))  # copied to the host once

@@ -55,8 +55,10 @@ class Checkpoints:
     the process at the next step. The environment, not params.yaml: how often is saved changes no result and
     shall rerun nothing. The checkpoint is removed when the block ends without an exception.
 
-    Of several processes all load and the main one saves. Where each holds only a part of the model (`sharded`, as
-    under FSDP) nothing is saved or loaded, and a killed run starts afresh.
+    Of several processes all load and the main one saves; asked to end, all wait for that, since a launcher ends those
+    that are left as soon as one is gone. A launcher also passes a signal on to processes that have it already, so a
+    second one ends a process at once only where it is alone, and not while it saves. Where each holds only a part of
+    the model (`sharded`, as under FSDP) nothing is saved or loaded, and a killed run starts afresh.
     """
 
     def __init__(self, stage: str, root: Path, base: Base, params: Section, sharded: bool = False):
@@ -67,6 +69,7 @@ class Checkpoints:
         self.is_main = os.environ.get("RANK", "0") == "0"
         self._tracked: dict[str, Stateful] = {}
         self._stop: str | None = None  # the signal's name
+        self._alone = os.environ.get("WORLD_SIZE", "1") == "1"
         self._handlers: dict[int, Any] = {}
         self._saved_at = time.monotonic()
 
@@ -103,7 +106,12 @@ class Checkpoints:
         except Exception as error:
             raise UserError(f"{self.path}: cannot be read ({error}); delete it to start afresh") from error
         for name, part in self._tracked.items():
-            part.load_state_dict(saved["tracked"][name])
+            if state := saved["tracked"].get(name):
+                part.load_state_dict(state)
+            elif self.is_main:  # fp16 has a loss scale and other precisions none: `auto`, on another machine
+                print(
+                    f"{self.stage}: the checkpoint has no {name}, being of another precision: a fresh one is taken"
+                )
         _set_random_state(saved["random"])
         if self.is_main:
             print(f"{self.stage}: goes on from {self.path}")
@@ -119,14 +127,22 @@ class Checkpoints:
         due = not self.sharded and time.monotonic() - self._saved_at >= 60 * self.minutes
         if self.sharded and stop:
             raise UserError(f"stopped by {stop} without a checkpoint: each process holds only a part of the model")
+        if stop:
+            for number in self._handlers:
+                signal.signal(number, signal.SIG_IGN)
+        failure: NoRoomError | None = None
         if self.is_main and (stop or due):
             try:
                 self._save(values)
             except NoRoomError as error:
-                if stop:
-                    raise UserError(f"stopped by {stop} without a checkpoint: {error}") from error
-                print(f"{self.stage}: warning: goes on without a new checkpoint: {error}", file=sys.stderr)
+                failure = error
+                if not stop:
+                    print(f"{self.stage}: warning: goes on without a new checkpoint: {error}", file=sys.stderr)
             self._saved_at = time.monotonic()
+        if stop and _is_distributed():
+            torch.distributed.barrier()
+        if stop and failure:
+            raise UserError(f"stopped by {stop} without a checkpoint: {failure}") from failure
         if stop:
             raise Stopped(f"stopped by {stop}; `dvc repro` goes on from {self.path}")
 
@@ -142,13 +158,17 @@ class Checkpoints:
             torch.save(state, partial)
 
     def _on_signal(self, number: int, _frame) -> None:
-        self._stop = signal.Signals(number).name
-        signal.signal(number, self._handlers[number])  # a second one ends the process at once
-        os.write(2, f"\n{self.stage}: {self._stop}: stops after this step; once more to stop at once\n".encode())
+        name = signal.Signals(number).name
+        if self._alone:
+            signal.signal(number, self._handlers[number])  # a second one ends the process at once
+            os.write(2, f"\n{self.stage}: {name}: stops after this step; once more to stop at once\n".encode())
+        elif self._stop is None and self.is_main:
+            os.write(2, f"\n{self.stage}: {name}: all processes stop after this step\n".encode())
+        self._stop = name
 
     def _stop_of_any_process(self) -> str | None:
         """A signal reaches processes at different steps; all must stop at one, or the rest would wait forever."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not _is_distributed():
             return self._stop
         device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
         number = torch.tensor([signal.Signals[self._stop] if self._stop else 0], device=device)
@@ -160,6 +180,10 @@ class Checkpoints:
         if others:
             size = sum(path.stat().st_size for path in others) / 1e6
             print(f"{self.stage}: {self.path.parent.parent} keeps {len(others)} unfinished run(s), {size:,.0f} MB")
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def key_of(stage: str, root: Path, base: Base, params: Section) -> str:

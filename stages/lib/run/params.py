@@ -3,7 +3,7 @@
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -35,6 +35,7 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+MicroBatchTokens = Annotated[int, Field(gt=0)] | Literal["auto"]  # tokens per pass; auto: what the device allows
 OnBadRow = Literal["error", "drop"]  # stop at a row that cannot be used; or leave it out, counted by reason
 
 
@@ -118,6 +119,8 @@ def _in_words(section: str, cls: type[Section], error: ValidationError) -> str:
         return f"{section}: {first.get('ctx', {})['error']}"
     field = cls.model_fields[str(place[0])]
     hint = field.annotation
+    if typing.get_origin(hint) is typing.Union:  # pydantic goes on with the name of a choice
+        return f"'{section}.{place[0]}' must be {_spell(hint)}, not {first['input']!r}"
     if place[-1] == "[key]":  # pydantic's way of pointing at a dict's own key
         return f"'{section}.{place[0]}' must have texts as keys, not {first['input']!r}"
     for _ in place[1:]:  # into a dict or a list
@@ -132,7 +135,10 @@ def _spell(hint: Any, bounds: str = "") -> str:
         return "null"
     if typing.get_origin(hint) is Literal:
         return " or ".join(repr(choice) for choice in typing.get_args(hint))
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) is Annotated:
+        kind, *fields = typing.get_args(hint)
+        return _spell(kind, _spell_bounds([bound for each in fields for bound in each.metadata]))
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return " or ".join(_spell(option, bounds) for option in typing.get_args(hint))
     return getattr(hint, "__name__", str(hint)) + bounds
 

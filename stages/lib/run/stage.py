@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from stages.lib.run.artefacts import is_no_room, read_json, round_floats, write_json
-from stages.lib.run.errors import UserError
+from stages.lib.run.errors import UserError, is_out_of_memory
 from stages.lib.run.params import Base, load_params
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "dvc")
@@ -101,10 +101,7 @@ def shortage(error: Exception, stage: str, params_class: type) -> str | None:
         file = getattr(error, "filename", None)
         where = f"{file}: " if file else ""
         return f"{where}no room left on the disk ({error}). Make room, then run dvc repro again"
-    # torch says so in a RuntimeError: OutOfMemoryError on an accelerator, DefaultCPUAllocator on the CPU
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
-    ):
+    if is_out_of_memory(error):
         dials = ("micro_batch_tokens", "batch_size", "max_new_tokens")
         dial = next((name for name in dials if name in params_class.model_fields), None)
         remedy = f"lower {stage}.{dial} in params.yaml" if dial else "close other programs"
