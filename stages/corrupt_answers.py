@@ -1,8 +1,9 @@
 """Make corrupted copies of the chosen answers: pairs in which style says nothing and quality all.
 
 Reads   data/pairs/{train,heldout,judge}.parquet
-Writes  data/corrupted/{train,heldout,judge}.parquet    row, prompt_id, kind, prompt, chosen, rejected (the copy);
-                                                        train_kinds and short pairs, both sides', judge_kinds
+Writes  data/corrupted/{train,heldout,judge}.parquet    row, prompt_id, kind, prompt, chosen, rejected (the copy),
+                                                        messages and tools where pairs have them; train_kinds and
+                                                        short pairs, both sides', judge_kinds
         data/corrupted/negatives.parquet                the same; one copy a training pair, for DPO
         data/corrupted/judge_short.parquet              the same; the judge's, with short whole answers
         reports/corrupt_answers/metrics.json            copies made and left out, by table and kind
@@ -26,6 +27,7 @@ import pyarrow as pa
 from pydantic import model_validator
 
 from stages.lib.data.corruptions import CORRUPTIONS, Answer, corrupt, shortened
+from stages.lib.data.messages import question_of
 from stages.lib.run.artefacts import read_rows, write_json, write_parquet
 from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_stage
@@ -73,7 +75,7 @@ def answers_of(rows: list[Row], seed: int) -> dict[int, Answer]:
             random = Random(f"other {seed} {row['row']}")
             place = place_of[row["prompt_id"]] + random.randrange(1, len(prompts))
             other = random.choice(by_prompt[prompts[place % len(prompts)]])["chosen"]
-        answers[row["row"]] = Answer(row["chosen"], row["prompt"], other)
+        answers[row["row"]] = Answer(row["chosen"], question_of(row), other)
     return answers
 
 
@@ -140,14 +142,18 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     shortened_rows = [row for row in rows["judge"] if row["row"] in short["judge"]]
     every_kind = list(dict.fromkeys(params.train_kinds + params.judge_kinds))
 
+    schema = SCHEMA
+    for name in ("messages", "tools"):  # of prompts that are more than a user's turn
+        if name in rows["train"][0]:
+            schema = schema.append(pa.field(name, pa.string()))
     counts: dict[str, Counter[tuple[str, str]]] = {}
 
     def write(name: str, *tables: Iterator[Row]) -> None:
-        columns: dict[str, list] = {column: [] for column in SCHEMA.names}
+        columns: dict[str, list] = {column: [] for column in schema.names}
         for row in (row for table in tables for row in table):
             for column, values in columns.items():
                 values.append(row[column])
-        write_parquet(root / f"data/corrupted/{name}.parquet", pa.table(columns, SCHEMA))
+        write_parquet(root / f"data/corrupted/{name}.parquet", pa.table(columns, schema))
 
     def counted(name: str) -> tuple[int, Counter[tuple[str, str]]]:
         return base.seed, counts.setdefault(name, Counter())

@@ -1,8 +1,9 @@
 """Fetch the preference pairs, check every row, split them by prompt; fetch the unseen texts and more prompts.
 
-Reads   fetch_pairs.path, unseen_path, eval_prompts_path    jsonl, json, csv (each may be .gz) or parquet
-        (or the Hub, with fetch_pairs.hub_id, fetch_pairs.unseen_hub_id)
-Writes  data/pairs/{train,heldout,judge}.parquet            row, prompt_id, prompt, chosen, rejected
+Reads   fetch_pairs.path, unseen_path, eval_prompts_path    jsonl, json, csv, tsv or parquet
+        (a file or a folder of them; or the Hub, with fetch_pairs.hub_id, fetch_pairs.unseen_hub_id)
+Writes  data/pairs/{train,heldout,judge}.parquet            row, prompt_id, prompt, chosen, rejected; where a prompt is
+                                                            more than a user's turn, messages and tools (JSON) too
         data/pairs/unseen.parquet                           row, prompt, response
         data/pairs/eval_prompts.parquet                     row, prompt; of no pair, to measure answers on
         reports/fetch_pairs/metrics.json                    source, checksum, all that was read, kept and dropped
@@ -17,40 +18,68 @@ from typing import Any, Self
 import pyarrow as pa
 from pydantic import Field, model_validator
 
+from stages.lib.data.hub_rows import from_hub
 from stages.lib.data.pairs import (
     Pair,
     Prompt,
+    Text,
     check_pair,
     check_prompt,
     check_text,
     collect,
+    columns_of,
     draw_pairs,
+    has_messages,
     heldout_prompts,
     judge_prompts,
     normalise_prompt,
     number_prompts,
+    split_as_given,
+    without_contradictions,
     without_duplicates,
     without_prompts,
 )
-from stages.lib.data.rows import open_source
+from stages.lib.data.rows import from_path
+from stages.lib.data.suspicions import SUSPICIONS, count_turns, suspicious_counts
 from stages.lib.run.artefacts import write_json, write_parquet
 from stages.lib.run.params import Base, OnBadRow, Section
 from stages.lib.run.stage import run_stage
+
+PAIR_COLUMNS = ("prompt", "chosen", "rejected", "system", "tools")
+TEXT_COLUMNS = ("prompt", "response", "system", "tools")
 
 
 class Params(Section):
     hub_id: str | None  # a data set on the Hub; null: take `path`
     revision: str  # of hub_id; a branch is resolved to its commit
-    path: str  # columns prompt, chosen, rejected
+    config: str | None  # of hub_id; null: the only one
+    split: str | None  # of hub_id; null: train, or the only one
+    heldout_split: str | None  # of hub_id, whole in place of holdout_fraction; null: none
+    path: str  # a file or a folder; columns prompt, chosen, rejected
+    files: str = Field(min_length=1)  # which names of a folder
+    columns: dict[str, str]  # our names to the data's
     unseen_hub_id: str | None  # null: take `unseen_path`
     unseen_revision: str
+    unseen_config: str | None
+    unseen_split: str | None
     unseen_path: str  # columns prompt, response
+    unseen_columns: dict[str, str]
     eval_prompts: bool  # whether answers are measured on `eval_prompts_path` too, or on held-out prompts alone
     eval_prompts_path: str  # column prompt
     on_bad_row: OnBadRow
     max_pairs: int | None = Field(ge=2)  # drawn at random; null: all
     holdout_fraction: float = Field(gt=0, lt=1)  # of the distinct prompts
     judge_fraction: float = Field(gt=0, lt=1)  # of the distinct prompts, for the judge alone
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> Self:
+        for name, known in (("columns", PAIR_COLUMNS), ("unseen_columns", TEXT_COLUMNS)):
+            for ours in getattr(self, name):
+                if ours not in known:
+                    raise ValueError(f"{name}: {ours!r} is no column of ours; ours are {', '.join(known)}")
+        if self.heldout_split is not None and self.hub_id is None:
+            raise ValueError("heldout_split needs hub_id: a file has no splits")
+        return self
 
     @model_validator(mode="after")
     def _leave_some_to_train_on(self) -> Self:
@@ -62,15 +91,32 @@ class Params(Section):
 
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
-    source = open_source(params.hub_id, params.revision, root / params.path)
+    if params.hub_id is not None:
+        where = params.hub_id, params.revision, params.config, params.split
+        source = from_hub(*where, heldout_split=params.heldout_split)
+    else:
+        source = from_path(root / params.path, params.files)
+    source = source.renamed(params.columns, "columns")
     pairs = without_duplicates(collect(source, check_pair, params.on_bad_row))
+    pairs = without_contradictions(pairs, params.on_bad_row, source.where)
     pairs = draw_pairs(pairs, params.max_pairs, base.seed)
-    prompt_ids = number_prompts(pairs.rows)
-    num_prompts = len(set(prompt_ids.values()))
-    heldout = heldout_prompts(num_prompts, params.holdout_fraction, base.seed)
+    if params.heldout_split is not None:
+        pairs, heldout = split_as_given(pairs, source.parts[1].offset)
+        prompt_ids = number_prompts(pairs.rows)
+        num_prompts = len(set(prompt_ids.values()))
+        heldout = {prompt_ids[row] for row in heldout}
+    else:
+        prompt_ids = number_prompts(pairs.rows)
+        num_prompts = len(set(prompt_ids.values()))
+        heldout = heldout_prompts(num_prompts, params.holdout_fraction, base.seed)
     judge = judge_prompts(num_prompts, heldout, params.judge_fraction, base.seed)
 
-    unseen_source = open_source(params.unseen_hub_id, params.unseen_revision, root / params.unseen_path)
+    if params.unseen_hub_id is not None:
+        where = params.unseen_hub_id, params.unseen_revision, params.unseen_config, params.unseen_split
+        unseen_source = from_hub(*where, prefix="unseen_")
+    else:
+        unseen_source = from_path(root / params.unseen_path)
+    unseen_source = unseen_source.renamed(params.unseen_columns, "unseen_columns")
     unseen = without_duplicates(collect(unseen_source, check_text, params.on_bad_row))
     paired = {normalise_prompt(pair.prompt) for pair in pairs.rows.values()}
     seen = {row for row, text in unseen.rows.items() if normalise_prompt(text.prompt) in paired}
@@ -78,7 +124,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     eval_prompts: dict[int, Prompt] = {}
     eval_metrics: dict[str, Any] = {}
     if params.eval_prompts:
-        eval_source = open_source(None, "", root / params.eval_prompts_path)
+        eval_source = from_path(root / params.eval_prompts_path)
         more = without_prompts(collect(eval_source, check_prompt, params.on_bad_row), paired)
         eval_prompts = more.rows
         eval_metrics = eval_source.origin | {"read": more.read, "dropped": dict(more.dropped)}
@@ -91,15 +137,12 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         for split in ("train", "heldout", "judge")
     }
     for split, rows in splits.items():
-        columns = {"row": list(rows), "prompt_id": [prompt_ids[row] for row in rows]}
-        columns |= {name: [getattr(pair, name) for pair in rows.values()] for name in Pair._fields}
+        columns = {"row": pa.array(list(rows), pa.int64()), "prompt_id": [prompt_ids[row] for row in rows]}
+        columns |= columns_of(rows, Pair, has_messages(pairs.rows))
         write_parquet(root / f"data/pairs/{split}.parquet", columns)
-    columns = {"row": list(unseen.rows), "prompt": [text.prompt for text in unseen.rows.values()]}
-    columns["response"] = [text.response for text in unseen.rows.values()]
-    write_parquet(root / "data/pairs/unseen.parquet", columns)
-    schema = pa.schema({"row": pa.int64(), "prompt": pa.string()})  # there may be no row to take the types from
-    columns = {"row": list(eval_prompts), "prompt": [prompt.prompt for prompt in eval_prompts.values()]}
-    write_parquet(root / "data/pairs/eval_prompts.parquet", pa.table(columns, schema))
+    for name, kind, texts in (("unseen", Text, unseen.rows), ("eval_prompts", Prompt, eval_prompts)):
+        columns = {"row": pa.array(list(texts), pa.int64())} | columns_of(texts, kind, has_messages(texts))
+        write_parquet(root / f"data/pairs/{name}.parquet", columns)
 
     metrics = source.origin | {
         "read": pairs.read,
@@ -116,9 +159,14 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         "unseen": unseen_source.origin | {"read": unseen.read, "dropped": dict(unseen.dropped)},
         "eval_prompts": len(eval_prompts),
         "eval": eval_metrics,
+        "turns": count_turns(pairs.rows.values()),
+        "suspicious": suspicious_counts(pairs.rows.values()),
         "seed": base.seed,
     }
     write_json(root / "reports/fetch_pairs/metrics.json", metrics)
+    for what, count in metrics["suspicious"].items():
+        if count:
+            print(f"warning: {count} of {len(pairs.rows)} pairs {SUSPICIONS[what]}")
     counts = ", ".join(
         f"{metrics[f'{split}_pairs']} {what}"
         for split, what in (("train", "pairs to train on"), ("heldout", "held out"), ("judge", "for the judge"))

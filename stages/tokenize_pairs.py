@@ -26,7 +26,6 @@ from transformers import AutoConfig
 from stages.lib.data.chat import generation_header_ids, special_token_pattern, truncate
 from stages.lib.data.token_tables import (
     Ids,
-    Row,
     corrupted_rows,
     count_cuts,
     length_statistics,
@@ -35,6 +34,7 @@ from stages.lib.data.token_tables import (
     reward_columns,
     text_columns,
     token_ids,
+    usable_ids,
     without_special_tokens,
 )
 from stages.lib.model.loading import load_tokenizer
@@ -42,6 +42,7 @@ from stages.lib.run.artefacts import read_rows, round_floats, write_json, write_
 from stages.lib.run.params import Base, OnBadRow, Section, load_param, require
 from stages.lib.run.stage import run_stage
 
+MANY_CUT = 0.2  # share of the pairs' answers that are cut, above which the stage warns
 PAIRS = ("train", "heldout", "judge")
 SOURCES = (*PAIRS, "unseen", "eval_prompts")
 COPIES = {  # tables of data/corrupted, and of which pairs their rows are copies
@@ -95,21 +96,32 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
 
     limits = (params.max_prompt_length, params.max_completion_length, params.max_length)
     cuts: Counter[str] = Counter()
-
-    def ids_of(table: list[Row], label: str) -> list[Ids]:
-        whole = [
-            token_ids(row, tokenizer) for row in tqdm(table, f"tokenize {label}", mininterval=1, unit=" rows")
-        ]
+    dropped = Counter(special_token=sum(len(read[name]) - len(rows[name]) for name in SOURCES))
+    ids: dict[str, list[Ids]] = {}
+    num_answers = num_cut_answers = 0  # of the pairs
+    for name in SOURCES:
+        file = f"data/pairs/{name}.parquet"
+        rows[name], whole, ids[name], lost = usable_ids(rows[name], tokenizer, limits, file, on_bad_row)
         cuts.update(count_cuts(whole, *limits))
-        return [truncate(row, *limits) for row in whole]
+        dropped += lost
+        for row, short in zip(whole, ids[name], strict=True) if name in PAIRS else ():
+            for side in ("chosen_input_ids", "rejected_input_ids"):
+                num_answers += 1
+                num_cut_answers += len(short[side]) < len(row[side])
 
-    ids = {name: ids_of(rows[name], name) for name in SOURCES}
-    cuts_of_sources = dict(cuts)
     copies = {name: read_rows(root / f"data/corrupted/{name}.parquet") for name in COPIES}
-    usable = {
-        name: corrupted_rows(copies[name], ids_of(copies[name], f"corrupted {name}"), pattern, rows[split])
-        for name, split in COPIES.items()
-    }
+    usable = {}
+    cuts_of_copies: Counter[str] = Counter()
+    for name, split in COPIES.items():
+        kept = {row["row"] for row in rows[split]}
+        todo = [copy for copy in copies[name] if copy["row"] in kept]
+        whole = [
+            token_ids(copy, tokenizer)
+            for copy in tqdm(todo, f"tokenize corrupted {name}", mininterval=1, unit=" rows")
+        ]
+        cuts_of_copies.update(count_cuts(whole, *limits))
+        cut = [truncate(copy, *limits) for copy in whole]
+        usable[name] = corrupted_rows(todo, cut, pattern, tokenizer.eos_token_id)
 
     folder = root / "data/tokenized"
     for split in ("train", "heldout"):
@@ -126,12 +138,11 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         table = prompt_columns(rows[name], ids[name])
         write_parquet(folder / f"prompts_{name.removesuffix('_prompts')}.parquet", table)
     write_parquet(folder / "unseen.parquet", text_columns(rows["unseen"], ids["unseen"]))
-    lost = sum(len(read[name]) - len(rows[name]) for name in SOURCES)
     metrics = {
         "read": sum(map(len, read.values())),
         "kept": sum(map(len, rows.values())),
-        "dropped": {"special_token": lost} if lost else {},
-        "cut": cuts_of_sources,
+        "dropped": dict(+dropped),
+        "cut": dict(cuts),
         "lengths": length_statistics([row for name in SOURCES for row in ids[name]]),
         "train_pairs": len(rows["train"]),
         "heldout_pairs": len(rows["heldout"]),
@@ -141,7 +152,14 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         "corrupted": {name: {"read": len(copies[name]), "kept": len(usable[name][0])} for name in COPIES},
     }
     write_json(root / "reports/tokenize_pairs/metrics.json", round_floats(metrics))
-    print(f"wrote data/tokenized: {metrics['kept']} of {metrics['read']} rows, {sum(cuts.values())} texts cut")
+    if num_answers and num_cut_answers > MANY_CUT * num_answers:
+        share = num_cut_answers / num_answers
+        print(
+            f"warning: {share:.0%} of the pairs' answers are cut, more than {MANY_CUT:.0%}: what tells them apart may "
+            "be gone; raise tokenize_pairs.max_length or max_completion_length"
+        )
+    num_cut = (cuts + cuts_of_copies).total()
+    print(f"wrote data/tokenized: {metrics['kept']} of {metrics['read']} rows, {num_cut} texts cut")
     print("wrote reports/tokenize_pairs/metrics.json")
     tables = [*ids.values(), *(table for _, table in usable.values())]
     return {"tokens": sum(len(column) for table in tables for row in table for column in row.values())}

@@ -18,11 +18,10 @@ SPLITS = ("train", "heldout", "judge")
 
 def settings_of(**changes):
     values = dict(
-        hub_id=None, revision="main", path="pairs.jsonl", unseen_hub_id=None, unseen_revision="main",
-        unseen_path="unseen.jsonl", eval_prompts=True, eval_prompts_path="more.jsonl", on_bad_row="error",
+        path="pairs.jsonl", unseen_path="unseen.jsonl", eval_prompts_path="more.jsonl", on_bad_row="error",
         max_pairs=None, holdout_fraction=0.1, judge_fraction=0.2,
     )  # fmt: skip
-    return Params(**(values | changes))
+    return load_params("fetch_pairs", Params, REPO).replace(**(values | changes))
 
 
 def pair(prompt, chosen="c", rejected="r"):
@@ -166,7 +165,7 @@ def test_bad_data_is_refused_and_earlier_artefacts_stay(tmp_path, rows, words):
 
 def test_a_bad_unseen_file_is_refused_before_anything_is_written(tmp_path):
     root = root_with(tmp_path, [pair(f"p{i}") for i in range(9)], [{"prompt": "u"}])
-    with pytest.raises(UserError, match="unseen.jsonl:1: column 'response' is missing"):
+    with pytest.raises(UserError, match="unseen.jsonl: column 'response' is missing"):
         main(BASE, settings_of(), root)
     assert not (tmp_path / "data").exists()
 

@@ -115,15 +115,11 @@ def dirty(tiny_base, monkeypatch):
 
 
 def fetch(root, on_bad_row):
-    fetch_pairs.main(
-        BASE,
-        fetch_pairs.Params(
-            hub_id=None, revision="main", path="pairs.jsonl", unseen_hub_id=None, unseen_revision="main",
-            unseen_path="unseen.jsonl", eval_prompts=True, eval_prompts_path="more.jsonl", on_bad_row=on_bad_row,
-            max_pairs=None, holdout_fraction=0.2, judge_fraction=0.2,
-        ),
-        root,
+    params = load_params("fetch_pairs", fetch_pairs.Params, REPO).replace(
+        path="pairs.jsonl", unseen_path="unseen.jsonl", eval_prompts_path="more.jsonl", on_bad_row=on_bad_row,
+        max_pairs=None, holdout_fraction=0.2, judge_fraction=0.2,
     )  # fmt: skip
+    fetch_pairs.main(BASE, params, root)
 
 
 def test_hostile_texts_train_and_every_row_is_accounted_for(dirty):

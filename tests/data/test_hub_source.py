@@ -18,6 +18,7 @@ from stages.lib.data.hub_source import file_license
 from stages.lib.run.artefacts import read_json, read_parquet
 from tests.conftest import REPO
 
+CASES = Path(__file__).parent / "cases"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CARD = "---\nlicense: {}\n---\nText.\n"
 
@@ -144,6 +145,85 @@ def test_a_data_set_is_downloaded_at_its_commit(tmp_path, hub):
         for row in read_parquet(tmp_path / f"data/pairs/{split}.parquet")["row"]
     ]
     assert sorted(rows) == list(range(1, 337))
+
+
+def project(root):
+    (root / "data").mkdir()
+    for name in ("unseen_embedded.jsonl", "prompts_embedded.jsonl"):
+        shutil.copy(REPO / "data" / name, root / "data")
+
+
+def publish(hub, name, files):
+    """A data set on the Hub: a folder of tests/data/cases, or texts by file name."""
+    folder = hub.folder / "datasets" / name
+    if isinstance(files, dict):
+        folder.mkdir(parents=True)
+        for file, text in files.items():
+            (folder / file).write_text(text)
+    else:
+        shutil.copytree(files, folder)
+
+
+def one_line(done, words):
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    error = next(line for line in done.stderr.splitlines() if line.startswith("fetch_pairs: error: "))
+    assert re.search(words, error), error
+    return error
+
+
+def test_a_configuration_is_named_and_the_error_lists_them(tmp_path, hub):
+    project(tmp_path)
+    publish(hub, "lab/two", CASES / "hub/two_configs")
+    error = one_line(
+        run_stage(tmp_path, hub, "fetch_pairs", hub_id="lab/two"), r"configurations \(.*helpful.*harmless"
+    )
+    assert "fetch_pairs.config" in error and "network" not in error and "token" not in error
+    error = one_line(
+        run_stage(tmp_path, hub, "fetch_pairs", hub_id="lab/two", config="x"), "no configuration 'x', only"
+    )
+    done = run_stage(tmp_path, hub, "fetch_pairs", hub_id="lab/two", config="harmless")
+    assert done.returncode == 0, done.stderr
+    metrics = read_json(tmp_path / "reports/fetch_pairs/metrics.json")
+    assert metrics["config"] == "harmless" and metrics["read"] == metrics["kept"] > 3
+
+
+def test_a_loading_script_is_refused_in_one_line(tmp_path, hub):
+    project(tmp_path)
+    publish(hub, "lab/scripted", CASES / "hub/scripted")
+    error = one_line(run_stage(tmp_path, hub, "fetch_pairs", hub_id="lab/scripted"), "loading script")
+    assert "parquet" in error and "network" not in error
+
+
+def test_shards_whose_columns_differ_have_the_inner_reason(tmp_path, hub):
+    project(tmp_path)
+    publish(hub, "lab/differing", CASES / "hub/differing_columns")
+    error = one_line(run_stage(tmp_path, hub, "fetch_pairs", hub_id="lab/differing"), "source")
+    assert "error occurred while generating" not in error and "network" not in error
+
+
+def test_splits_of_its_own(tmp_path, hub):
+    project(tmp_path)
+    lines = (REPO / "data/pairs_embedded.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    files = {"a.jsonl": "".join(lines[:60]), "b.jsonl": "".join(lines[55:80])}
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n"
+    for split, file in (("train_prefs", "a.jsonl"), ("test_prefs", "b.jsonl")):
+        card += f"  - split: {split}\n    path: {file}\n"
+    publish(hub, "lab/splits", files | {"README.md": card + "---\n"})
+    error = one_line(run_stage(tmp_path, hub, "fetch_pairs", hub_id="lab/splits"), "no split 'train'")
+    assert "train_prefs" in error and "fetch_pairs.split" in error
+    chosen = dict(hub_id="lab/splits", split="train_prefs", heldout_split="test_prefs", on_bad_row="drop")
+    done = run_stage(tmp_path, hub, "fetch_pairs", **chosen)
+    assert done.returncode == 0, done.stderr
+    metrics = read_json(tmp_path / "reports/fetch_pairs/metrics.json")
+    assert metrics["read"] == 85 and metrics["split"] == "train_prefs, test_prefs"
+    # five pairs are in both splits: exact duplicates of earlier rows, so held out are twenty
+    assert metrics["read"] == metrics["kept"] + sum(metrics["dropped"].values())
+    rows = read_parquet(tmp_path / "data/pairs/heldout.parquet")["row"]
+    assert min(rows) > 60 and len(rows) == metrics["heldout_pairs"]
+    error = one_line(
+        run_stage(tmp_path, hub, "fetch_pairs", **chosen | {"heldout_split": "dev"}), "no split 'dev'"
+    )
+    assert "heldout_split" in error
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stages.lib.data.messages import BadRow
 from stages.lib.data.pairs import (
     Collected,
     Pair,
@@ -16,19 +18,13 @@ from stages.lib.data.pairs import (
     heldout_prompts,
     normalise_prompt,
     number_prompts,
+    split_as_given,
+    without_contradictions,
     without_duplicates,
 )
-from stages.lib.data.rows import BadRow, Source
+from stages.lib.data.rows import Source
 
 GOOD = {"prompt": "Hi?", "chosen": "Hey!", "rejected": "Good day."}
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 def source(*rows):
@@ -54,6 +50,7 @@ def collected(*pairs):
         ({"chosen": "half \ud83d"}, "lone_surrogate"),
         ({"rejected": "Hey!"}, "chosen_is_rejected"),
         ({"rejected": " Hey!\n"}, "chosen_is_rejected"),
+        ({"rejected": "Hi? "}, "answer_is_prompt"),
     ],
 )
 def test_a_bad_text_has_its_reason(change, reason):
@@ -88,46 +85,6 @@ def test_missing_column_names_what_is_there_without_its_terminal_codes():
     assert check_text({"prompt": "a", "response": "b", "topic": 3}) == Text("a", "b")
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"chosen": [user("Hi?"), assistant("Hey!")], "rejected": [user("Hi?"), assistant("Good day.")]},
-        {"prompt": [user("Hi?")], "chosen": [assistant("Hey!")], "rejected": [assistant("Good day.")]},
-        {
-            "prompt": "Hi?",
-            "chosen": [user("Hi?"), assistant("Hey!")],
-            "rejected": [user("Hi?"), assistant("Good day.")],
-        },
-    ],
-)
-def test_conversations_of_one_turn_are_pairs(row):
-    assert check_pair(row) == Pair("Hi?", "Hey!", "Good day.")
-
-
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ({"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]}, "different prompts"),
-        ({"chosen": [user("a"), assistant("b")], "rejected": [user("a")]}, "one user turn"),
-        ({"chosen": [], "rejected": []}, "one user turn"),
-        ({"chosen": ["a", "b"], "rejected": ["a", "c"]}, "one user turn"),
-        (
-            {
-                "prompt": [{"role": "system", "content": "s"}, user("a")],
-                "chosen": [assistant("b")],
-                "rejected": [assistant("c")],
-            },
-            "one user turn",
-        ),
-        ({"chosen": [user("a"), assistant(None)], "rejected": [user("a"), assistant("d")]}, "null"),
-        ({"chosen": [user({}), assistant("b")], "rejected": [user({}), assistant("d")]}, "not text"),
-    ],
-)
-def test_other_conversations_are_bad_rows(row, words):
-    bad = check_pair(row)
-    assert isinstance(bad, BadRow) and words in bad.message
-
-
 def test_error_names_file_row_reason_and_remedy():
     with pytest.raises(PairError, match=r"pairs.jsonl:2: 'chosen' is empty; .*on_bad_row"):
         collect(source(GOOD, GOOD | {"chosen": ""}), check_pair, "error")
@@ -152,8 +109,67 @@ def test_drop_counts_by_reason(capsys):
 def test_nothing_to_train_on_is_refused():
     with pytest.raises(PairError, match="pairs.jsonl: has no rows"):
         collect(source(), check_pair, "drop")
-    with pytest.raises(PairError, match="no row of 2 is usable: missing_column 2"):
-        collect(source({"a": 1}, {"a": 2}), check_pair, "drop")
+    with pytest.raises(PairError, match="no row of 2 is usable: missing_column 1, empty 1"):
+        collect(source({"a": 1}, GOOD | {"chosen": ""}), check_pair, "drop")
+
+
+@pytest.mark.parametrize(
+    ("row", "key", "words"),
+    [
+        (
+            {"question": "a", "chosen": "b", "rejected": "c"},
+            "columns",
+            r"pairs.jsonl: column 'prompt' is missing .*fetch_pairs: columns: {prompt: question}$",
+        ),
+        (
+            {"instruction": "a", "chosen_response": "b", "rejected_response": "c", "chosen_rating": 3},
+            "columns",
+            r"columns: {prompt: instruction, chosen: chosen_response, rejected: rejected_response}$",
+        ),
+        (
+            {"question": "a", "instruction": "x", "chosen": "b", "rejected": "c"},
+            "columns",
+            r"'instruction', .*turns\)$",
+        ),
+        (
+            {"question": "a", "answer": "b"},
+            "unseen_columns",
+            r"unseen_columns: {prompt: question, response: answer}$",
+        ),
+        ({"question": "a", "chosen": "b", "rejected": "c"}, None, r"'question', 'chosen', .*turns\)$"),
+    ],
+)
+def test_names_that_no_row_has_are_answered_with_those_found_and_the_line_to_write(row, key, words):
+    check = check_text if key == "unseen_columns" else check_pair
+    for on_bad_row in ("error", "drop"):
+        with pytest.raises(PairError, match=words) as caught:
+            collect(replace(source(row, row), columns_key=key), check, on_bad_row)
+        assert "mend the row" not in str(caught.value)
+
+
+def test_a_fault_of_every_row_is_the_files():
+    rows = [GOOD | {"chosen": [1]} for _ in range(3)]
+    with pytest.raises(PairError, match="pairs.jsonl:1: 'chosen' is a list of .* in all 3 rows") as caught:
+        collect(source(*rows), check_pair, "error")
+    assert "mend the row" not in str(caught.value)
+    assert collect(source(*rows, GOOD), check_pair, "drop").dropped == {"not_text": 3}
+
+
+def test_contradicting_pairs_go_in_both_directions():
+    rows = [Pair("p", "a", "b"), Pair("q", "a", "b"), Pair("P?", "b", "a"), Pair("p", "a", "c")]
+    result = without_contradictions(collected(*rows), "drop", "row {}".format)
+    assert list(result.rows) == [2, 4] and result.dropped == {"contradiction": 2}
+    with pytest.raises(PairError, match="row 1: contradicts row 3.*mend one of the rows"):
+        without_contradictions(collected(*rows), "error", "row {}".format)
+
+
+def test_a_split_of_its_own_is_held_out_and_its_prompts_leave_the_training_rows():
+    rows = [Pair("p", "a", "b"), Pair("q", "a", "b"), Pair("P?", "x", "y")]
+    result, heldout = split_as_given(collected(*rows), 2)
+    assert heldout == {3} and list(result.rows) == [2, 3] and result.dropped == {"prompt_of_heldout_split": 1}
+    for offset, count in ((3, 0), (0, 3)):
+        with pytest.raises(PairError, match=f"{count} held-out pairs and {3 - count} to train on"):
+            split_as_given(collected(*rows), offset)
 
 
 def test_duplicates_are_equal_in_all_three_texts():
@@ -215,9 +231,9 @@ def test_every_row_is_kept_or_dropped_for_a_reason(rows):
     try:
         result = collect(source(*rows), check_pair, "drop")
     except PairError as error:
-        assert "no row" in str(error) or "no rows" in str(error)
+        assert any(words in str(error) for words in ("no row", "no rows", "is missing", "so no row"))
         return
     assert result.read == len(rows) == len(result.rows) + sum(result.dropped.values())
     for pair in result.rows.values():
-        for text in pair:
+        for text in filter(None, pair):
             assert text.strip() and "\x00" not in text and text.encode("utf-8").decode("utf-8") == text

@@ -1,7 +1,9 @@
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,14 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.lib.data.rows import BadRow, open_source
+from stages.lib.data.messages import BadRow
+from stages.lib.data.rows import from_path
 from stages.lib.run.errors import UserError
 
 ROWS = [{"prompt": "Hi?", "chosen": 'Hey, "you"\u2028 🙂', "rejected": "Hello.\nGood day."}, {"prompt": "b"}]
 
 
+PACKINGS = {
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+    ".zst": lambda content: pa.compress(content, "zstd", asbytes=True),
+}
+
+
 def read(path):
-    return list(open_source(None, "main", path).rows)
+    return list(from_path(path).rows)
 
 
 def write(folder, name, content):
@@ -38,16 +49,35 @@ def test_every_format_gives_the_same_rows(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     files = {
         "a.jsonl": as_lines(rows),
+        "a.ndjson": "\n\n" + as_lines(rows),
+        "b.jsonl": json.dumps(rows),
+        "pretty.jsonl": "\n".join(json.dumps(row, indent=2) for row in rows),
         "a.json": json.dumps(rows),
         "b.json": as_lines(rows),
+        "pretty.json": json.dumps(rows, indent=2),
+        "wrapped.json": json.dumps({"version": 1, "data": rows}, indent=1),
+        "columns.json": json.dumps({name: [row[name] for row in rows] for name in rows[0]}),
+        "pandas.json": json.dumps({name: {str(i): row[name] for i, row in enumerate(rows)} for name in rows[0]}),
         "a.csv": table.getvalue(),
     }
+    for name, delimiter in (("semicolon.csv", ";"), ("tab.csv", "\t"), ("a.tsv", "\t"), ("bar.csv", "|")):
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(ROWS[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+        files[name] = table.getvalue()
+    files["sep.csv"] = "sep=;\n" + files["semicolon.csv"]
     for name, content in files.items():
         write(tmp_path, name, content)
-        write(tmp_path, name + ".gz", gzip.compress(content.encode()))
-        write(tmp_path, "bom_" + name, "\ufeff" + content)
+        for suffix, packing in PACKINGS.items():
+            write(tmp_path, name + suffix, packing(content.encode()))
+        for encoding in ("utf-8-sig", "utf-16", "utf-32"):
+            write(tmp_path, f"{encoding}_{name}", content.encode(encoding))
+        write(tmp_path, f"big_{name}", "\ufeff".encode("utf-16-be") + content.encode("utf-16-be"))
+        if name.endswith("json"):  # JSON has no bare line end in its texts
+            write(tmp_path, f"cr_{name}", content.replace("\n", "\r"))
     found = {path.name: [row for _, row in read(path)] for path in tmp_path.iterdir()}
-    assert len(found) == 13
+    assert len(found) == 16 * 9 + 7 + 1
     assert all(value == rows for value in found.values()), found
 
 
@@ -59,8 +89,9 @@ def test_numbers_are_lines_or_elements(tmp_path):
     assert [number for number, _ in read(jsonl)] == [1, 4]
     assert [number for number, _ in read(table)] == [2, 4]
     assert [number for number, _ in read(array)] == [1, 2]
-    assert open_source(None, "main", jsonl).where(4) == f"{jsonl}:4"
-    assert open_source(None, "main", array).where(2) == f"{array}, row 2"
+    for path, place in ((jsonl, ":4"), (array, ", row 4")):
+        source = from_path(path)
+        assert list(source.rows) and source.where(4) == f"{path}{place}"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +103,6 @@ def test_numbers_are_lines_or_elements(tmp_path):
         ("[1, 2]", "not_an_object", "found list"),
         ("null", "not_an_object", "found NoneType"),
         (b'{"a": "\xe9"}', "not_utf8", "not UTF-8"),
-        ('{"a": "x"}'.encode("utf-16"), "not_utf8", "not UTF-8"),
         ("[" * 200_000, "malformed", "cannot be read"),
         ("9" * 5_000, "malformed", "cannot be read"),
         ("\x00", "malformed", "not valid JSON"),
@@ -120,9 +150,13 @@ def test_damage_to_the_file_is_refused_by_name(tmp_path, name, content, words):
 
 
 def test_missing_file_and_folder(tmp_path):
-    for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(UserError, match="no such file"):
-            read(path)
+    with pytest.raises(UserError, match="no such file;"):
+        read(tmp_path / "none.jsonl")
+    write(tmp_path, "pairs.jsonl", "{}")
+    with pytest.raises(UserError, match=r"no such file \(did you mean .*pairs.jsonl"):
+        read(tmp_path / "paris.jsonl")
+    with pytest.raises(UserError, match="there is no folder"):
+        read(tmp_path / "none/pairs.jsonl")
 
 
 def test_csv_row_of_another_width_is_a_bad_row(tmp_path):
@@ -134,18 +168,18 @@ def test_csv_row_of_another_width_is_a_bad_row(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.jsonl.bz2", "a.parquet"])
 def test_truncated_anywhere_is_refused(tmp_path, name):
     rows = [{"a": f"text {i} 🙂"} for i in range(200)]
     path = tmp_path / name
-    if name.endswith("gz"):
-        path.write_bytes(gzip.compress(as_lines(rows).encode()))
+    if packing := PACKINGS.get(path.suffix):
+        path.write_bytes(packing(as_lines(rows).encode()))
     else:
         pq.write_table(pa.Table.from_pylist(rows), path)
     content = path.read_bytes()
     for size in range(1, len(content), len(content) // 20):
         path.write_bytes(content[:size])
-        with pytest.raises(UserError, match="gzip|parquet"):
+        with pytest.raises(UserError, match="gzip|xz|zstd|bzip2|parquet"):
             read(path)
 
 
@@ -170,3 +204,75 @@ def test_any_bytes_are_rows_or_a_user_error(tmp_path_factory, content, name):
     numbers = [number for number, _ in rows]
     assert numbers == sorted(set(numbers))
     assert all(isinstance(row, dict | BadRow) for _, row in rows)
+
+
+def test_carriage_returns_alone_end_lines(tmp_path):
+    for name in ("a.jsonl", "a.csv"):
+        content = '{"a": 1, "b": 2}\r{"a": 3, "b": 4}\r' if name == "a.jsonl" else "a,b\r1,2\r3,4\r"
+        rows = [{key: int(value) for key, value in row.items()} for _, row in read(write(tmp_path, name, content))]
+        assert rows == [{"a": 1, "b": 2}, {"a": 3, "b": 4}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", gzip.compress(b"{}"), "compressed by gzip; let its name end in .gz"),
+        ("a.jsonl", b"PK\x03\x04", "a zip archive or a spreadsheet"),
+        ("a.csv", b"PAR1", "a parquet file"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("a.jsonl", b"<!DOCTYPE html>", "a web page"),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16-le"), "UTF-16 without its byte order mark"),
+        ("a.jsonl", b"\xff\xfea", "begins as UTF-16-LE and is not"),
+        ("a.json", '{\n "a": 1\n "b": 2\n}', "a.json:3: not valid JSON"),
+        ("a.jsonl", '{\n "a": 1\n "b": 2\n}', "a.jsonl:3: not valid JSON"),
+        ("a.json", '{"train": [{"a": 1}], "test": [{"a": 2}]}', r"several lists of rows \('train', 'test'\)"),
+    ],
+)
+def test_a_file_that_is_something_else_is_refused_by_its_true_kind(tmp_path, name, content, words):
+    with pytest.raises(UserError, match=words):
+        read(write(tmp_path, name, content))
+
+
+def test_a_folder_is_read_in_the_order_of_names_and_errors_name_the_file(tmp_path, capsys):
+    write(tmp_path, "b.jsonl", '{"prompt": 3}\n\n{"prompt": 4}\n')
+    write(tmp_path, "a.jsonl.gz", gzip.compress(b'{"prompt": 1}\n{"prompt": 2, "more": 0}\n'))
+    write(tmp_path, "c.jsonl", '[{"prompt": 5}]')
+    write(tmp_path, "README.md", "text")
+    write(tmp_path, ".hidden.jsonl", "{")
+    source = from_path(tmp_path)
+    rows = list(source.rows)
+    assert [row["prompt"] for _, row in rows] == [1, 2, 3, 4, 5]
+    assert [number for number, _ in rows] == [1, 2, 3, 5, 6]  # the third line of b.jsonl after the second of a
+    places = [source.where(number).removeprefix(f"{tmp_path}/") for number, _ in rows]
+    assert places == ["a.jsonl.gz:1", "a.jsonl.gz:2", "b.jsonl:1", "b.jsonl:3", "c.jsonl, row 1"]
+    assert source.origin["files"] == 3 and "README.md" in capsys.readouterr().out
+    assert [row["prompt"] for _, row in from_path(tmp_path, "b*").rows] == [3, 4]
+    assert [row["prompt"] for _, row in read(tmp_path / "[ab].*")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"a.txt": ""}, "no file '\\*' in a format read here"),
+        ({"a.jsonl": "{}", "a.csv": "a"}, "holds a.csv and a.jsonl; let fetch_pairs.files"),
+        ({"train-0.jsonl": "{}", "test-0.jsonl": "{}"}, "several splits .test, train.; .* such as '\\*train\\*'"),
+        (
+            {"a.jsonl": '{"prompt": 1}', "b.jsonl": '{"question": 1}'},
+            "b.jsonl: has no column 'prompt', which a.jsonl",
+        ),
+    ],
+)
+def test_folders_that_are_no_shards_are_refused(tmp_path, files, words):
+    for name, content in files.items():
+        write(tmp_path, name, content)
+    with pytest.raises(UserError, match=words):
+        read(tmp_path)
+
+
+def test_renamed_columns(tmp_path):
+    source = from_path(write(tmp_path, "a.jsonl", '{"q": 1, "prompt": 2, "x": 3}\n')).renamed(
+        {"prompt": "q"}, "columns"
+    )
+    assert list(source.rows) == [(1, {"prompt": 1, "x": 3})]
+    with pytest.raises(UserError, match="columns names the column 'p', which is not there .found: 'q', 'prompt'"):
+        list(from_path(tmp_path / "a.jsonl").renamed({"prompt": "p"}, "columns").rows)

@@ -6,9 +6,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from stages.lib.data.eos import up_to_eos
+from stages.lib.data.messages import Messages, texts_in
 from stages.lib.run.errors import UserError
-
-Messages = list[dict[str, str]]
 
 
 class ChatError(UserError):
@@ -39,7 +38,8 @@ def apply_chat_template(example: dict[str, Any], tokenizer: PreTrainedTokenizerB
     Args:
         example: 'prompt', 'chosen' and 'rejected' as plain texts; or 'chosen' and 'rejected' as messages, the
             prompt being the turns they share at their start (`to_implicit_prompt_preferences`) or a list of
-            messages of its own under 'prompt'. A 'row', if there is one, names the example in errors.
+            messages of its own under 'prompt'. 'tools', if there are any, go to the template. A 'row', if there
+            is one, names the example in errors.
 
     Returns:
         'prompt' with the generation header (SmolLM: '<|im_start|>assistant\\n'); 'chosen' and 'rejected',
@@ -63,22 +63,28 @@ def apply_chat_template(example: dict[str, Any], tokenizer: PreTrainedTokenizerB
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt or not chosen or not rejected:
         raise ChatError(f"{where}: 'chosen' and 'rejected' must share a prompt and then differ")
-    prompt_text, chosen_text = render_completion(prompt, chosen, tokenizer, where)
-    _, rejected_text = render_completion(prompt, rejected, tokenizer, where)
+    tools = example.get("tools")
+    prompt_text, chosen_text = render_completion(prompt, chosen, tokenizer, where, tools)
+    _, rejected_text = render_completion(prompt, rejected, tokenizer, where, tools)
     return {"prompt": prompt_text, "chosen": chosen_text, "rejected": rejected_text}
 
 
 def render_completion(
-    prompt: Messages, completion: Messages, tokenizer: PreTrainedTokenizerBase, where: str
+    prompt: Messages,
+    completion: Messages,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    tools: list[Any] | None = None,
 ) -> tuple[str, str]:
     """The prompt with its generation header and the completion, which together are the rendered conversation.
 
     Raises:
-        ChatError: the template fails, or renders the conversation with another beginning; `where` names it.
+        ChatError: the template fails, leaves something of the prompt out, or renders the conversation with another
+            beginning; `where` names it.
     """
+    prompt_text = render_prompt(prompt, tokenizer, where, tools)
     try:
-        prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+        whole = tokenizer.apply_chat_template(prompt + completion, tools=tools, tokenize=False)
     except Exception as error:  # a template is a program and can raise anything
         raise ChatError(f"{where}: the chat template fails: {error}") from error
     if not whole.startswith(prompt_text):
@@ -89,16 +95,45 @@ def render_completion(
     return prompt_text, whole[len(prompt_text) :]
 
 
-def render_prompt(prompt: Messages, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+def render_prompt(
+    prompt: Messages, tokenizer: PreTrainedTokenizerBase, where: str, tools: list[Any] | None = None
+) -> str:
     """The prompt with its generation header.
 
     Raises:
-        ChatError: the template fails; `where` names the prompt.
+        ChatError: the template fails, or leaves a message or a tool out; `where` names the prompt.
     """
     try:
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(prompt, tools=tools, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program and can raise anything
-        raise ChatError(f"{where}: the chat template fails: {error}") from error
+        raise ChatError(f"{where}: the chat template fails: {error}{_likely_cause(prompt, tools)}") from error
+    if lost := _left_out(prompt, tools, text):
+        raise ChatError(f"{where}: the chat template leaves out {lost}; choose a base model whose template has it")
+    return text
+
+
+def _left_out(prompt: Messages, tools: list[Any] | None, text: str) -> str | None:
+    """What of the prompt a rendered text does not hold; templates may trim a text and escape a tool call's."""
+    for number, message in enumerate(prompt, 1):
+        if (message.get("content") or "").strip() not in text:
+            return f"the text of message {number} ({message['role']})"
+        for call in message.get("tool_calls", []):
+            if any(name not in text for name in texts_in(call["function"]["name"])):
+                return f"the tool call of message {number}"
+    for tool in tools or []:
+        name = tool.get("function", tool).get("name")
+        if not isinstance(name, str) or name not in text:
+            return f"the tool {str(name)[:40]!r}"
+    return None
+
+
+def _likely_cause(prompt: Messages, tools: list[Any] | None) -> str:
+    """A hint at the part of a conversation that templates most often do not know."""
+    if tools or any(message["role"] == "tool" or "tool_calls" in message for message in prompt):
+        return " (the prompt has tool calls, which not every model's template renders)"
+    if prompt[0]["role"] == "system":
+        return " (the prompt has a system message, which not every model's template renders)"
+    return ""
 
 
 def tokenize_row(

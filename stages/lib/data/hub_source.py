@@ -7,7 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, RepoCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HTTPError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from stages.lib.run.errors import UserError
 
@@ -56,12 +65,31 @@ def file_license(card: Path) -> str | None:
 
 @contextmanager
 def hub_errors(hub_id: str, revision: str) -> Iterator[None]:
-    """Turns what the Hub's clients raise into a UserError that names repository and revision."""
+    """Turns what the Hub's clients raise into a UserError that names repository, revision, reason and remedy."""
     try:
         yield
     except (HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{hub_id} at revision {revision}: cannot be read from the Hub ({reason}); check the id, "
-            "the revision, the network and, for a gated repository, the token"
+            f"{hub_id} at revision {revision}: cannot be read from the Hub ({reason}); {_remedy(error)}"
         ) from error
+
+
+def _remedy(error: Exception) -> str:
+    """What to check, by the kind of fault: tokens and networks only where they may be the cause."""
+    if isinstance(error, GatedRepoError):
+        return "ask for access on its page, and set HF_TOKEN to your token"
+    if isinstance(error, RepositoryNotFoundError):
+        return "check the id and, for a private repository, the token"
+    if isinstance(error, RevisionNotFoundError):
+        return "check the revision"
+    if isinstance(error, HFValidationError):
+        return "check the id, which is owner/name"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return "check the token"
+    if isinstance(
+        error, HTTPError | ConnectionError | TimeoutError | OfflineModeIsEnabled | LocalEntryNotFoundError
+    ):
+        return "check the network, and try again"
+    return "check the id and the revision"

@@ -1,22 +1,28 @@
 """Preference pairs: what a valid row is, counting those that are not, duplicates, the split by prompt."""
 
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from stages.lib.data.rows import BadRow, Source
+import pyarrow as pa
+
+from stages.lib.data.conversations import read_conversation, spell_names
+from stages.lib.data.messages import BadRow
+from stages.lib.data.rows import Source
 from stages.lib.run.draws import HELDOUT_PROMPTS, draw, shuffled
 from stages.lib.run.errors import UserError
 
-# ASCII's control characters but tab, line feed and carriage return. Not U+0080 to U+009F: real data has them
-# where an emoji went through a wrong encoding, and they are tokens like any other
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
-SINGLE_TURN = "only one user turn and its assistant turn can be read"
+NUM_FIRST_ROWS = 100  # that are read before any is judged: a fault of them all is the file's, not a row's
+OTHER_NAMES = {  # under which the field knows our columns
+    "prompt": ("question", "instruction", "input", "query", "user_prompt", "problem", "context", "user"),
+    "chosen": ("chosen_response", "response_chosen", "answer_chosen", "accepted", "preferred", "better", "win"),
+    "rejected": ("rejected_response", "response_rejected", "answer_rejected", "dispreferred", "worse", "lose"),
+    "response": ("answer", "output", "completion", "target", "chosen"),
+}
+COLUMNS = {"prompt", "chosen", "rejected", "response", "system", "tools"}  # that say something here
 
 
 class PairError(UserError):
@@ -24,11 +30,17 @@ class PairError(UserError):
 
 
 class Pair(NamedTuple):
-    """One prompt with its preferred and its other completion, as plain text."""
+    """One prompt with its preferred and its other completion.
+
+    Of all three kinds of row `prompt` is the whole prompt as one text; where it is more than a user's turn,
+    `messages` has its turns as JSON, and `tools` the tools it may call.
+    """
 
     prompt: str
     chosen: str
     rejected: str
+    messages: str | None = None
+    tools: str | None = None
 
 
 class Text(NamedTuple):
@@ -36,12 +48,16 @@ class Text(NamedTuple):
 
     prompt: str
     response: str
+    messages: str | None = None
+    tools: str | None = None
 
 
 class Prompt(NamedTuple):
     """A prompt without an answer, to measure on."""
 
     prompt: str
+    messages: str | None = None
+    tools: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,11 +92,14 @@ def collect(source: Source, check: Callable[[dict], Pair | Text | Prompt | BadRo
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}  # an example of each reason
     ignored: set[str] = set()
-    for number, row in source.rows:
+    begin = list(islice(source.rows, NUM_FIRST_ROWS))
+    if fault := _fault_of_the_file(source, begin, check, on_bad_row):
+        raise PairError(fault)
+    for number, row in chain(begin, source.rows):
         checked = row if isinstance(row, BadRow) else check(row)
         if not isinstance(checked, BadRow):
             rows[number] = checked
-            ignored |= row.keys() - set(checked._fields)
+            ignored |= row.keys() - COLUMNS
             continue
         message = f"{source.where(number)}: {checked.message}"
         if on_bad_row == "error":
@@ -100,32 +119,116 @@ def collect(source: Source, check: Callable[[dict], Pair | Text | Prompt | BadRo
     return Collected(source.name, read, rows, dropped)
 
 
+def _fault_of_the_file(
+    source: Source, begin: list[tuple[int, Any]], check: Callable[[dict], Any], on_bad_row: str
+) -> str | None:
+    """What is wrong with the whole file where all its first rows have one fault, with a remedy; else None."""
+    checked = [(number, row if isinstance(row, BadRow) else check(row)) for number, row in begin]
+    reasons = {bad.reason if isinstance(bad, BadRow) else None for _, bad in checked}
+    if len(reasons) != 1 or None in reasons:
+        return None
+    reason, (number, bad) = reasons.pop(), checked[0]
+    if reason == "missing_column":
+        row = next(row for _, row in begin if isinstance(row, dict))
+        return f"{source.name}: {bad.message}{_renaming(source, row)}"
+    if len(checked) < 3 or on_bad_row == "drop":
+        return None
+    rows = f"all {len(checked)} rows" if len(checked) < NUM_FIRST_ROWS else f"the first {len(checked)} rows"
+    return f"{source.where(number)}: {bad.message}; it is the same in {rows}: mend the file"
+
+
+def _renaming(source: Source, row: dict[str, Any]) -> str:
+    """The line for params.yaml where the names of a row's columns make it obvious."""
+    wanted = ("prompt", "response") if source.columns_key == "unseen_columns" else ("prompt", "chosen", "rejected")
+    pairs = {}
+    for ours in wanted:
+        if ours not in row:
+            there = [name for name in OTHER_NAMES[ours] if name in row]
+            if len(there) == 1:
+                pairs[ours] = there[0]
+    if source.columns_key is None or not pairs:
+        return ""
+    spelt = ", ".join(f"{ours}: {theirs}" for ours, theirs in pairs.items())
+    return f"; if these are they, set in params.yaml, fetch_pairs: {source.columns_key}: {{{spelt}}}"
+
+
 def check_pair(row: dict[str, Any]) -> Pair | BadRow:
-    """A row's prompt, chosen and rejected, plain or in TRL's conversational forms; other columns are ignored."""
-    row = _plain_texts(row)
-    if isinstance(row, BadRow):
-        return row
-    if problem := _text_problem(row, Pair._fields):
-        return problem
-    if row["chosen"].strip() == row["rejected"].strip():
+    """A row's prompt, chosen and rejected, in any form that conversations.py reads; other columns are ignored."""
+    read = read_conversation(row, ("chosen", "rejected"))
+    if isinstance(read, BadRow):
+        return read
+    pair = Pair(read.prompt, **read.answers, messages=read.written_messages, tools=read.written_tools)
+    if pair.chosen.strip() == pair.rejected.strip():
         return BadRow("chosen_is_rejected", "'chosen' and 'rejected' are the same text")
-    return Pair(row["prompt"], row["chosen"], row["rejected"])
+    for side in ("chosen", "rejected"):
+        if read.answers[side].strip() in (read.messages[-1]["content"].strip(), pair.prompt.strip()):
+            return BadRow("answer_is_prompt", f"'{side}' is only the prompt again")
+    return pair
 
 
 def check_text(row: dict[str, Any]) -> Text | BadRow:
-    """A row's prompt and response; other columns are ignored."""
-    return _text_problem(row, Text._fields) or Text(row["prompt"], row["response"])
+    """A row's prompt and response, in any form that conversations.py reads; other columns are ignored."""
+    read = read_conversation(row, ("response",))
+    if isinstance(read, BadRow):
+        return read
+    return Text(read.prompt, read.answers["response"], read.written_messages, read.written_tools)
 
 
 def check_prompt(row: dict[str, Any]) -> Prompt | BadRow:
-    """A row's prompt; other columns are ignored."""
-    return _text_problem(row, Prompt._fields) or Prompt(row["prompt"])
+    """A row's prompt, in any form that conversations.py reads; other columns are ignored."""
+    read = read_conversation(row, ())
+    if isinstance(read, BadRow):
+        return read
+    return Prompt(read.prompt, read.written_messages, read.written_tools)
 
 
 def without_duplicates(collected: Collected) -> Collected:
     """Drops rows equal to an earlier one in every text."""
     first = {texts: number for number, texts in reversed(collected.rows.items())}
     return collected.keep(sorted(first.values()), "duplicate")
+
+
+def without_contradictions(collected: Collected, on_bad_row: str, where: Callable[[int], str]) -> Collected:
+    """Drops all pairs of a prompt that stand the other way round as well: which answer is preferred is not said.
+
+    Args:
+        on_bad_row: 'error' stops at the first such pair.
+        where: the place of a row's number.
+
+    Raises:
+        PairError: such a pair under 'error', or no other beside such.
+    """
+    first = {(*pair._replace(prompt=normalise_prompt(pair.prompt)),): row for row, pair in collected.rows.items()}
+    good = []
+    for number, pair in collected.rows.items():
+        turned = pair._replace(prompt=normalise_prompt(pair.prompt), chosen=pair.rejected, rejected=pair.chosen)
+        if (other := first.get((*turned,))) is None:
+            good.append(number)
+        elif on_bad_row == "error":
+            raise PairError(
+                f"{where(number)}: contradicts {where(other)}, which prefers the other of the same two answers; "
+                "mend one of the rows or set fetch_pairs.on_bad_row to drop, which drops both"
+            )
+    return collected.keep(good, "contradiction")
+
+
+def split_as_given(collected: Collected, offset: int) -> tuple[Collected, set[int]]:
+    """Without the training rows whose prompt is held out; and the numbers of the held-out rows, those above `offset`.
+
+    Raises:
+        PairError: no row is held out, or none is left to train on.
+    """
+    heldout = {row for row in collected.rows if row > offset}
+    prompts = {normalise_prompt(collected.rows[row].prompt) for row in heldout}
+    kept = [
+        row
+        for row, pair in collected.rows.items()
+        if row in heldout or normalise_prompt(pair.prompt) not in prompts
+    ]
+    if not heldout or len(kept) == len(heldout):
+        others = len(kept) - len(heldout)
+        raise PairError(f"{collected.name}: {len(heldout)} held-out pairs and {others} to train on are left")
+    return collected.keep(kept, "prompt_of_heldout_split"), heldout
 
 
 def draw_pairs(collected: Collected, max_pairs: int | None, seed: int) -> Collected:
@@ -191,52 +294,19 @@ def spell_counts(counts: Counter[str]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in counts.items()) or "none"
 
 
-def spell_names(names: Iterable[str]) -> str:
-    """Up to ten names from the data, quoted and cut, so that none can garble a terminal."""
-    quoted = [repr(name)[:40] for name in islice(names, 11)]
-    return ", ".join(quoted[:10]) + (", ..." if len(quoted) > 10 else "") or "none"
+def columns_of(
+    rows: dict[int, Pair] | dict[int, Text] | dict[int, Prompt], kind: type, extra: bool
+) -> dict[str, Any]:
+    """The columns of a table of data/pairs after its numbers.
+
+    Args:
+        kind: Pair, Text or Prompt, which names the columns.
+        extra: whether any row of the data set has `messages` or `tools`; without, there are no such columns.
+    """
+    names = [name for name in kind._fields if extra or name not in ("messages", "tools")]
+    return {name: pa.array([getattr(row, name) for row in rows.values()], pa.string()) for name in names}
 
 
-def _text_problem(row: dict[str, Any], columns: tuple[str, ...]) -> BadRow | None:
-    for column in columns:
-        if column not in row:
-            found = spell_names(row)
-            return BadRow("missing_column", f"column '{column}' is missing (found: {found})")
-        text = row[column]
-        if text is None:
-            return BadRow("null", f"'{column}' is null")
-        if not isinstance(text, str):
-            return BadRow("not_text", f"'{column}' is not text but {type(text).__name__}")
-        if all(unicodedata.category(character) in INVISIBLE for character in text):
-            return BadRow("empty", f"'{column}' is empty")
-        if control := CONTROL.search(text):
-            code = f"U+{ord(control[0]):04X} at character {control.start() + 1}"
-            return BadRow("control_character", f"'{column}' has the control character {code}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            return BadRow("lone_surrogate", f"'{column}' has half a character at {error.start + 1} (a surrogate)")
-    return None
-
-
-def _plain_texts(row: dict[str, Any]) -> dict[str, Any] | BadRow:
-    """TRL's conversational forms as plain text: prompt, chosen and rejected are lists of messages, or the
-    prompt is the first message of both (TRL's implicit prompt) and may be repeated as text."""
-    if not isinstance(row.get("chosen"), list) or not isinstance(row.get("rejected"), list):
-        return row
-    prompt = row.get("prompt")
-    shared = prompt if isinstance(prompt, list) else []
-    chosen, rejected = (_turns(shared + row[column]) for column in ("chosen", "rejected"))
-    if chosen is None or rejected is None:
-        return BadRow("conversation", f"a conversation of another shape; {SINGLE_TURN}")
-    if chosen[0] != rejected[0] or (isinstance(prompt, str) and prompt != chosen[0]):
-        return BadRow("conversation", "'chosen' and 'rejected' answer different prompts")
-    return {"prompt": chosen[0], "chosen": chosen[1], "rejected": rejected[1]}
-
-
-def _turns(messages: list[Any]) -> tuple[Any, Any] | None:
-    if not all(isinstance(message, dict) for message in messages):
-        return None
-    if [message.get("role") for message in messages] != ["user", "assistant"]:
-        return None
-    return messages[0].get("content"), messages[1].get("content")
+def has_messages(rows: dict[int, Any]) -> bool:
+    """Whether any prompt is more than a user's turn, so that its table has columns for that."""
+    return any(row.messages is not None or row.tools is not None for row in rows.values())

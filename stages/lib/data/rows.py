@@ -1,33 +1,63 @@
-"""Numbered rows from a jsonl, json, csv or parquet file, or from a data set on the Hub."""
+"""Numbered rows from files (jsonl, json, csv, tsv, parquet; one, or a folder of shards), or from the Hub."""
 
+import bz2
+import codecs
 import csv
+import difflib
+import fnmatch
 import gzip
 import hashlib
 import io
 import json
+import lzma
+import re
 import sys
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.lib.data.hub_source import card_license, hub_errors, resolve_revision
+from stages.lib.data.messages import BadRow
 from stages.lib.run.artefacts import sha256_of_file
 from stages.lib.run.errors import UserError
 
-FORMATS = "jsonl, json, csv (each may be .gz) or parquet"
+FORMATS = "jsonl, json, csv, tsv (each may be .gz, .zst, .xz or .bz2) or parquet"
+BOMS = {  # the longer ones first: UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+WRONG_KINDS = {  # by a text file's first bytes: what it is, and what to do
+    b"\x1f\x8b": "compressed by gzip; let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; let its name end in .zst",
+    b"\xfd7zXZ\x00": "compressed by xz; let its name end in .xz",
+    b"PAR1": "a parquet file; let its name end in .parquet",
+    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as CSV",
+    b"version https://git-lfs": "a pointer of Git LFS, not the data; run git lfs pull",
+    b"<!DOCTYPE": "a web page, not data; the download went wrong",
+    b"<html": "a web page, not data; the download went wrong",
+}
+DELIMITERS = ",;\t|"
+SPLIT_NAMES = re.compile(r"(?:^|[-_.])(train|test|validation|valid|dev|eval|heldout)(?=[-_.])", re.IGNORECASE)
+TEXT_COLUMNS = {"prompt", "chosen", "rejected", "response"}
+
+Row = dict[str, Any]
+Numbered = Iterator[tuple[int, Row | BadRow]]
+Reader = Callable[[IO[bytes], Path], tuple[str, Numbered]]
 
 
-@dataclass(frozen=True)
-class BadRow:
-    """Stands where a row should be, or answers a check: a countable reason and a sentence for people."""
+class Part(NamedTuple):
+    """A file of a source, in which rows begin to count anew."""
 
-    reason: str
-    message: str
+    offset: int  # what the numbers of its rows are ahead of its own
+    name: str
+    separator: str  # between name and number: file.jsonl:17, but file.parquet, row 17
 
 
 @dataclass(frozen=True)
@@ -35,114 +65,70 @@ class Source:
     """Rows with their numbers, and where they come from."""
 
     name: str  # in errors: the path or the hub id
-    separator: str  # between name and number: file.jsonl:17, but file.parquet, row 17
-    rows: Iterator[tuple[int, dict[str, Any] | BadRow]]
+    separator: str  # between name and number where `parts` knows nothing else
+    rows: Numbered
     origin: dict[str, Any]  # source, revision, license, sha256: for metrics.json
+    parts: list[Part] = field(default_factory=list)  # the files begun so far
+    columns_key: str | None = None  # the parameter that maps its columns
 
     def where(self, number: int) -> str:
+        for part in reversed(self.parts):
+            if number > part.offset:
+                return f"{part.name}{part.separator}{number - part.offset}"
         return f"{self.name}{self.separator}{number}"
 
+    def renamed(self, columns: dict[str, str], columns_key: str) -> "Source":
+        """The same rows with columns under our names: `columns` maps ours to the data's."""
+        rows = _renamed(self.rows, columns, f"{self.name}: fetch_pairs.{columns_key}")
+        return Source(self.name, self.separator, rows, self.origin, self.parts, columns_key)
 
-def open_source(hub_id: str | None, revision: str, path: Path) -> Source:
-    """The Hub's data set where `hub_id` is given, else the file.
 
-    Row numbers count from 1: lines in jsonl and csv (where a row starts), elements or rows elsewhere.
+def from_path(path: Path, files: str = "*") -> Source:
+    """A file, or all files of a folder whose names match `files`, in the order of their names.
+
+    Row numbers count from 1: lines in jsonl and csv (where a row starts), elements or rows elsewhere; in further
+    files they go on where the one before ended, and `where` says file and place.
 
     Raises:
         UserError: missing, of no known format, or unreadable; while iterating, where the damage is in the
             file rather than in one row (a truncated archive, an open quote).
     """
-    return from_hub(hub_id, revision) if hub_id is not None else from_file(path)
-
-
-def from_hub(hub_id: str, revision: str) -> Source:
-    """The train split, or the only one, of a data set at one commit."""
-    import datasets  # two seconds that a local file does not need
-
-    commit = resolve_revision(hub_id, revision, "dataset")
-    try:
-        with hub_errors(hub_id, commit):
-            splits = datasets.load_dataset(hub_id, revision=commit)
-    except datasets.exceptions.DatasetsError as error:
-        raise UserError(f"{hub_id} at revision {commit}: cannot be read: {error}") from error
-    if "train" not in splits and len(splits) > 1:
-        raise UserError(f"{hub_id}: has no split 'train', only {', '.join(splits)}; save one of them as a file")
-    rows = splits["train"] if "train" in splits else next(iter(splits.values()))
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    origin = {"source": hub_id, "revision": commit, "license": card_license(hub_id, commit, "dataset")}
-    return Source(hub_id, ", row ", enumerate(rows, 1), origin | {"sha256": digest.hexdigest()})
-
-
-def from_file(path: Path) -> Source:
-    """A file, read by the format its name ends in."""
+    if path.is_dir():
+        return _from_folder(path, files)
+    if not path.exists() and set("*?[") & set(path.name) and path.parent.is_dir():
+        return _from_folder(path.parent, path.name)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; the path is relative to the root of the project")
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes[-1:] == [".gz"]
-    suffix = (suffixes[:-1] if packed else suffixes)[-1:]
-    readers = {".jsonl": json_lines, ".ndjson": json_lines, ".json": json_file, ".csv": csv_rows}
-    if suffix == [".parquet"] and not packed:
-        rows = parquet_rows(path)
-    elif suffix and suffix[0] in readers:
-        rows = _open_rows(readers[suffix[0]], path, packed)
-    else:
-        raise UserError(f"{path}: the name ends in none of the formats read here: {FORMATS}")
+        raise UserError(f"{path}: no such file{_similar(path)}; the path is relative to the root of the project")
+    _format_of(path)
+    parts: list[Part] = []
     origin = {"source": path.name, "revision": None, "license": None, "sha256": sha256_of_file(path)}
-    by_line = suffix[0] != ".parquet" and not (suffix == [".json"] and _is_json_array(path, packed))
-    return Source(str(path), ":" if by_line else ", row ", rows, origin)
+    return Source(str(path), ":", _rows_of([path], parts), origin, parts)
 
 
-def json_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """One JSON object a line; blank lines are no rows."""
-    for number, line in enumerate(file, 1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-        if line.strip():
-            yield number, _json_object(line)
+def json_rows(file: IO[bytes], path: Path) -> tuple[str, Numbered]:
+    """One JSON object a line; an array of objects; such an array inside an object; an object of columns.
+
+    Blank lines are no rows. Objects may run over several lines.
+
+    Returns:
+        What stands between the file's name and a row's number, and the numbered rows.
+    """
+    number, line = next(((i, line) for i, line in enumerate(file, 1) if line.strip()), (0, b""))
+    if not line:
+        return ":", iter(())
+    first = _json_object(line)
+    if isinstance(first, dict) and _rows_inside(first, path) is None:
+        return ":", _json_lines(chain([(number, line)], enumerate(file, number + 1)))
+    content = line + file.read()
+    return _json_document(content, number, path) or (":", _json_lines(enumerate(io.BytesIO(content), number)))
 
 
-def json_file(file: IO[bytes], path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """An array of objects, or lines of them."""
-    content = file.read().removeprefix(b"\xef\xbb\xbf")
-    if content.lstrip()[:1] != b"[":
-        yield from json_lines(io.BytesIO(content), path)
-        return
-    try:
-        items = json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicate_keys)
-    except json.JSONDecodeError as error:
-        message = f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno}); mend the file"
-        raise UserError(message) from None
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON that can be read: {error}") from None
-    yield from enumerate((item if isinstance(item, dict | BadRow) else _not_an_object(item) for item in items), 1)
+def csv_rows(file: IO[bytes], path: Path) -> tuple[str, Numbered]:
+    """Separated by comma, semicolon, tab or bar, with a header line; quotes are doubled inside quoted fields."""
+    return ":", _csv_rows(file, path)
 
 
-def csv_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """Comma-separated with a header line; quotes are doubled inside quoted fields."""
-    csv.field_size_limit(sys.maxsize)  # a completion may be longer than the default of 128 KiB
-    reader = csv.reader(_decoded_lines(file, path), strict=True)
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise UserError(f"{path}:1: a column name appears twice: {', '.join(header)}")
-        start = reader.line_num + 1
-        for fields in reader:
-            if len(fields) == len(header):
-                yield start, dict(zip(header, fields, strict=True))
-            elif fields:  # a blank line is no row
-                message = f"has {len(fields)} fields, the header has {len(header)}"
-                yield start, BadRow("malformed", message)
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error}); mend the quotes") from None
-
-
-def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def parquet_rows(path: Path) -> Numbered:
     try:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
@@ -158,31 +144,310 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}: not a parquet file that can be read, maybe cut off: {error}") from None
 
 
-def _open_rows(reader, path: Path, packed: bool) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    with gzip.open(path) if packed else open(path, "rb") as file:
-        try:
-            yield from reader(file, path)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{path}: not a complete gzip file ({error}); fetch it again") from None
+READERS: dict[str, Reader] = {
+    ".jsonl": json_rows,
+    ".ndjson": json_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+    ".tsv": csv_rows,
+}
+PACKINGS: dict[str, tuple[str, Callable[[Path], IO[bytes]]]] = {
+    ".gz": ("gzip", lambda path: gzip.open(path)),
+    ".zst": ("zstd", lambda path: io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))),
+    ".xz": ("xz", lambda path: lzma.open(path)),
+    ".bz2": ("bzip2", lambda path: bz2.open(path)),
+}
 
 
-def _is_json_array(path: Path, packed: bool) -> bool:
+def _from_folder(folder: Path, pattern: str) -> Source:
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    shards = [name for name in matching if _kind_of(Path(name))]
+    if not shards:
+        found = ", ".join(names[:10]) or "nothing"
+        raise UserError(f"{folder}: no file {pattern!r} in a format read here ({FORMATS}); found: {found}")
+    if len(kinds := {_kind_of(Path(name)): name for name in shards}) > 1:
+        few = " and ".join(sorted(kinds.values())[:2])
+        raise UserError(f"{folder}: holds {few}; let fetch_pairs.files say which to read, such as '*.jsonl'")
+    if len(splits := sorted({found[1].lower() for name in shards if (found := SPLIT_NAMES.search(name))})) > 1:
+        raise UserError(
+            f"{folder}: its files are of several splits ({', '.join(splits)}); "
+            f"let fetch_pairs.files say which to read, such as '*{splits[-1]}*'"
+        )
+    if others := [name for name in matching if name not in shards]:
+        print(f"ignored files of {folder}: {', '.join(others[:10])}")
+    digest = hashlib.sha256()
+    for name in shards:
+        digest.update(f"{name} {sha256_of_file(folder / name)}\n".encode())
+    origin = {"source": f"{folder.name}/{pattern}", "revision": None, "license": None}
+    parts: list[Part] = []
+    rows = _rows_of([folder / name for name in shards], parts)
+    return Source(
+        str(folder), ", row ", rows, origin | {"sha256": digest.hexdigest(), "files": len(shards)}, parts
+    )
+
+
+def _rows_of(paths: list[Path], parts: list[Part]) -> Numbered:
+    """The rows of all files; each is noted in `parts` when it is begun.
+
+    Raises:
+        UserError: a file lacks a column of texts that the first one has.
+    """
+    offset, columns = 0, None
+    for path in paths:
+        number = offset
+        for i, (own, row) in enumerate(_file_rows(path, parts, offset)):
+            number = offset + own
+            if i == 0 and isinstance(row, dict):
+                if columns and (missing := sorted(columns - row.keys())):
+                    raise UserError(
+                        f"{path}: has no column {missing[0]!r}, which {paths[0].name} has "
+                        f"(found: {', '.join(map(repr, list(row)[:10]))}); the files' columns must be the same"
+                    )
+                columns = columns or row.keys() & TEXT_COLUMNS
+            yield number, row
+        offset = number
+
+
+def _file_rows(path: Path, parts: list[Part], offset: int) -> Numbered:
+    suffix, packing = _format_of(path)
+    if suffix == ".parquet":
+        parts.append(Part(offset, str(path), ", row "))
+        yield from parquet_rows(path)
+        return
+    kind, opener = PACKINGS[packing] if packing else ("", lambda path: open(path, "rb"))
     try:
-        with gzip.open(path) if packed else open(path, "rb") as file:
-            return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-    except (EOFError, OSError, zlib.error):
-        return False  # the reader says what is wrong
+        with opener(path) as file:
+            separator, rows = READERS[suffix](_as_utf8(file, path), path)
+            parts.append(Part(offset, str(path), separator))
+            yield from rows
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if not packing:
+            raise
+        raise UserError(f"{path}: not a complete {kind} file ({error}); fetch it again") from None
+
+
+def _format_of(path: Path) -> tuple[str, str | None]:
+    """The format's suffix and the compression's, by the file's name."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packing = suffixes.pop() if suffixes and suffixes[-1] in PACKINGS else None
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix in READERS or (suffix == ".parquet" and packing is None):
+        return suffix, packing
+    raise UserError(f"{path}: the name ends in none of the formats read here: {FORMATS}")
+
+
+def _kind_of(path: Path) -> str | None:
+    try:
+        suffix, _ = _format_of(path)
+    except UserError:
+        return None
+    return "jsonl" if suffix == ".ndjson" else suffix[1:]
+
+
+def _similar(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" (there is no folder {path.parent})"
+    names = [other.name for other in path.parent.iterdir()]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f" (did you mean {path.with_name(close[0])}?)" if close else ""
+
+
+def _as_utf8(file: IO[bytes], path: Path) -> IO[bytes]:
+    """The file's content in UTF-8, by its byte order mark, and with line ends that have a line feed.
+
+    Raises:
+        UserError: its first bytes say that it is no text, or it is not in the encoding they announce.
+    """
+    head = file.peek(8192)  # type: ignore[attr-defined]  # every file opened here can
+    for mark, what in WRONG_KINDS.items():
+        if head.startswith(mark):
+            raise UserError(f"{path}: is {what}")
+    if head.startswith(codecs.BOM_UTF8):
+        file.read(len(codecs.BOM_UTF8))
+        head = head[len(codecs.BOM_UTF8) :]
+    for mark, encoding in BOMS.items():
+        if head.startswith(mark):
+            try:
+                text = file.read()[len(mark) :].decode(encoding)
+                return io.BytesIO(_with_line_feeds(text.encode("utf-8")))
+            except UnicodeError as error:
+                raise UserError(
+                    f"{path}: begins as {encoding.upper()} and is not ({error}); save as UTF-8"
+                ) from None
+    if len(head) > 8 and not any(head[1:9:2]) and all(head[:8:2]):
+        raise UserError(f"{path}: seems to be UTF-16 without its byte order mark; save it as UTF-8")
+    if b"\r" in head and b"\n" not in head:
+        return io.BytesIO(_with_line_feeds(file.read()))
+    return file
+
+
+def _with_line_feeds(content: bytes) -> bytes:
+    """Where every line ends in a bare carriage return, a line feed in its place."""
+    return content if b"\n" in content else content.replace(b"\r", b"\n")
+
+
+def _json_lines(lines: Iterable[tuple[int, bytes]]) -> Numbered:
+    return ((number, _json_object(line)) for number, line in lines if line.strip())
+
+
+def _json_document(content: bytes, start: int, path: Path) -> tuple[str, Numbered] | None:
+    """The rows of a file that is no object a line but one array, one object, or objects over several lines each.
+
+    Args:
+        start: the number of the content's first line.
+
+    Returns:
+        As `json_rows`; None where it is none of them, but lines of which the first is bad.
+
+    Raises:
+        UserError: it is meant to be such a document, and broken.
+    """
+    meant = content.lstrip()[:1] == b"[" and _format_of(path)[0] == ".json"
+    meant = meant or content.split(b"\n", 1)[0].strip() in (b"[", b"{")  # a line that only opens a document
+    try:
+        text = content.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_without_duplicate_keys)
+    except UnicodeDecodeError as error:
+        if not meant:
+            return None
+        line = content.count(b"\n", 0, error.start) + start
+        raise UserError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        if objects := _objects_in(text, start):
+            return ":", iter(objects)
+        if not meant:
+            return None
+        where = f"{path}:{error.lineno + start - 1}"
+        raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno}); mend the file") from None
+    except (ValueError, RecursionError) as error:
+        if not meant:
+            return None
+        raise UserError(f"{path}: not JSON that can be read: {error}") from None
+    if isinstance(value, dict):
+        rows = _rows_inside(value, path)
+        if rows is None:
+            return ":", iter([(start, value)])
+        value = rows
+    if isinstance(value, list):
+        rows = (item if isinstance(item, dict | BadRow) else _not_an_object(item) for item in value)
+        return ", row ", enumerate(rows, 1)
+    return ":", iter([(start, value if isinstance(value, BadRow) else _not_an_object(value))])
+
+
+def _objects_in(text: str, start: int) -> list[tuple[int, Row | BadRow]] | None:
+    """Objects of which each begins on a line of its own, with the numbers of these lines; None if it is else."""
+    decoder = json.JSONDecoder(object_pairs_hook=_without_duplicate_keys)
+    found: list[tuple[int, Row | BadRow]] = []
+    place, line = 0, start
+    while rest := re.compile(r"\s*").match(text, place):
+        line += text.count("\n", place, rest.end())
+        if rest.end() == len(text):
+            return found
+        if found and "\n" not in rest[0]:
+            return None
+        try:
+            value, place = decoder.raw_decode(text, rest.end())
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(value, dict | BadRow):
+            return None
+        found.append((line, value))
+        line += text.count("\n", rest.end(), place)
+    return None
+
+
+def _rows_inside(value: Row, path: Path) -> list[Any] | None:
+    """The rows of an object that holds a list of them, or is a table by column; None of an object that is a row.
+
+    Raises:
+        UserError: it holds several such lists.
+    """
+    lists = {name: inner for name, inner in value.items() if _is_table(inner)}
+    if lists and not TEXT_COLUMNS & value.keys():
+        if len(lists) > 1:
+            names = ", ".join(repr(name)[:40] for name in lists)
+            raise UserError(
+                f"{path}: holds several lists of rows ({names}); save one of them as a file of its own"
+            )
+        return next(iter(lists.values()))
+    columns = list(value.values())
+    if any(columns) and all(isinstance(column, dict) and all(map(str.isdigit, column)) for column in columns):
+        columns = [list(column.values()) for column in columns]  # as pandas writes a table
+    elif (
+        not any(columns) or not all(isinstance(column, list) for column in columns) or any(map(_is_talk, columns))
+    ):
+        return None
+    if len({len(column) for column in columns}) > 1:
+        return None
+    return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+
+
+def _is_table(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(row, dict) for row in value)
+        and not _is_talk(value)
+    )
+
+
+def _is_talk(value: list[Any]) -> bool:
+    """Whether a list is a conversation, not a column of a table."""
+    return bool(value) and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
+
+
+def _csv_rows(file: IO[bytes], path: Path) -> Numbered:
+    csv.field_size_limit(sys.maxsize)  # a completion may be longer than the default of 128 KiB
+    lines = _decoded_lines(file, path)
+    head = next(lines, "")
+    skipped = 0
+    if named := re.fullmatch(r"sep=(.)\s*", head):  # a spreadsheet's own first line
+        delimiter, head, skipped = named[1], next(lines, ""), 1
+    else:
+        delimiter = _delimiter_of(head, path)
+    reader = csv.reader(chain([head], lines), strict=True, delimiter=delimiter)
+    try:
+        header = next(reader, [])
+        named = [name for name in header if name]  # a spreadsheet's column of row numbers has no name
+        if len(set(named)) < len(named):
+            raise UserError(f"{path}:1: a column name appears twice: {', '.join(header)}")
+        start = reader.line_num + 1 + skipped
+        for fields in reader:
+            if len(fields) == len(header):
+                yield start, {name: text for name, text in zip(header, fields, strict=True) if name}
+            elif fields:  # a blank line is no row
+                message = f"has {len(fields)} fields, the header has {len(header)}"
+                yield start, BadRow("malformed", message)
+            start = reader.line_num + 1 + skipped
+    except csv.Error as error:
+        line = reader.line_num + skipped
+        raise UserError(f"{path}:{line}: not valid CSV ({error}); mend the quotes") from None
+
+
+def _delimiter_of(header: str, path: Path) -> str:
+    """What separates most columns of the header; a comma if nothing does."""
+    counts = {}
+    for delimiter in DELIMITERS:
+        try:
+            counts[delimiter] = len(next(csv.reader([header], delimiter=delimiter), []))
+        except csv.Error:
+            counts[delimiter] = 1
+    best = max(counts, key=lambda delimiter: counts[delimiter])
+    if counts[best] == 1:
+        return "\t" if _format_of(path)[0] == ".tsv" else ","
+    return best
 
 
 def _decoded_lines(file: IO[bytes], path: Path) -> Iterator[str]:
     for number, line in enumerate(file, 1):
         try:
-            yield (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).decode("utf-8")
+            yield line.decode("utf-8")
         except UnicodeDecodeError:
             raise UserError(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
 
 
-def _json_object(line: bytes) -> dict[str, Any] | BadRow:
+def _json_object(line: bytes) -> Row | BadRow:
     try:
         value = json.loads(line.decode("utf-8"), object_pairs_hook=_without_duplicate_keys)
     except UnicodeDecodeError:
@@ -194,7 +459,7 @@ def _json_object(line: bytes) -> dict[str, Any] | BadRow:
     return value if isinstance(value, dict | BadRow) else _not_an_object(value)
 
 
-def _without_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any] | BadRow:
+def _without_duplicate_keys(pairs: list[tuple[str, Any]]) -> Row | BadRow:
     values = dict(pairs)
     if len(values) == len(pairs):
         return values
@@ -205,3 +470,21 @@ def _without_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Ba
 
 def _not_an_object(value: Any) -> BadRow:
     return BadRow("not_an_object", f"expected an object with columns, found {type(value).__name__}")
+
+
+def _renamed(rows: Numbered, columns: dict[str, str], key: str) -> Numbered:
+    """Rows with the columns named in `columns` (ours: theirs) under our names.
+
+    Raises:
+        UserError: the first row has no such column.
+    """
+    first = True
+    for number, row in rows:
+        if isinstance(row, dict):
+            if first and (missing := [theirs for theirs in columns.values() if theirs not in row]):
+                found = ", ".join(repr(name)[:40] for name in list(row)[:10])
+                raise UserError(f"{key} names the column {missing[0]!r}, which is not there (found: {found})")
+            first = False
+            others = {name: value for name, value in row.items() if name not in (*columns, *columns.values())}
+            row = others | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+        yield number, row

@@ -1,22 +1,28 @@
 """Token ids of a data set as tables: for DPO, the reward model, PPO and the unseen texts."""
 
+import json
 import re
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from stages.lib.data.chat import (
+    ChatError,
     apply_chat_template,
     closed_by_eos,
     completion_ids,
     render_completion,
     render_prompt,
     text_ids,
-    to_implicit_prompt_preferences,
     tokenize_row,
+    truncate,
 )
+from stages.lib.data.messages import prompt_messages, texts_in
 from stages.lib.run.errors import UserError
 
 IDS = pa.list_(pa.int32())
@@ -37,12 +43,12 @@ def without_special_tokens(rows: list[Row], pattern: re.Pattern[str], file: str,
     """
     good, first = [], None
     for row in rows:
-        columns = [name for name, text in row.items() if isinstance(text, str) and pattern.search(text)]
-        if not columns:
+        found = _special_token(row, pattern)
+        if found is None:
             good.append(row)
             continue
-        token = pattern.search(row[columns[0]])[0]
-        message = f"{file}, row {row['row']} of the source: '{columns[0]}' contains the special token {token}"
+        column, token = found
+        message = f"{file}, row {row['row']} of the source: '{column}' contains the special token {token}"
         if on_bad_row != "drop":
             raise UserError(f"{message}; mend the row or set fetch_pairs.on_bad_row to drop")
         first = first or message
@@ -53,20 +59,91 @@ def without_special_tokens(rows: list[Row], pattern: re.Pattern[str], file: str,
     return good
 
 
+def _special_token(row: Row, pattern: re.Pattern[str]) -> tuple[str, str] | None:
+    """The first column with a special token in it, and the token; columns of JSON are searched by their texts."""
+    for name, text in row.items():
+        if isinstance(text, str):
+            for part in texts_in(json.loads(text)) if name in ("messages", "tools") else (text,):
+                if match := pattern.search(part):
+                    return name, match[0]
+    return None
+
+
+def usable_ids(
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: tuple[int, int | None, int],
+    file: str,
+    on_bad_row: str,
+) -> tuple[list[Row], list[Ids], list[Ids], Counter[str]]:
+    """The rows that the chat template renders and whose two answers still differ once they are cut.
+
+    Args:
+        limits: max_prompt_length, max_completion_length and max_length of `truncate`.
+        file: where the rows are from, for errors.
+        on_bad_row: 'error' stops at any other row, 'drop' leaves it out.
+
+    Returns:
+        Rows, their ids uncut and cut, and how many rows were left out by reason: chat_template, equal_after_cut.
+
+    Raises:
+        UserError: such a row under 'error', or no other row beside such.
+    """
+    good, whole, cut = [], [], []
+    dropped: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for row in tqdm(rows, f"tokenize {Path(file).stem}", mininterval=1, unit=" rows"):
+        try:
+            ids = token_ids(row, tokenizer)
+        except ChatError as error:
+            reason, message = "chat_template", f"{file}: {error}"
+        else:
+            short = truncate(ids, *limits)
+            if "chosen" not in row or not equal_answers(short, tokenizer.eos_token_id):
+                good.append(row)
+                whole.append(ids)
+                cut.append(short)
+                continue
+            reason = "equal_after_cut"
+            message = (
+                f"{file}, row {row['row']} of the source: 'chosen' and 'rejected' are equal once cut to the limits "
+                "of tokenize_pairs (raise max_length or max_completion_length to tell them apart)"
+            )
+        if on_bad_row != "drop":
+            raise UserError(f"{message}; mend the row or set fetch_pairs.on_bad_row to drop")
+        dropped[reason] += 1
+        first.setdefault(reason, message)
+    for reason, message in first.items():
+        print(f"dropped {dropped[reason]} rows ({reason}), the first: {message}")
+    if first and not good:
+        raise UserError(f"no row of {len(rows)} is left; {next(iter(first.values()))}")
+    return good, whole, cut, dropped
+
+
+def equal_answers(ids: Ids, eos_token_id: int) -> bool:
+    """Whether chosen and rejected are the same to DPO, or to the reward model, whose last id is always the EOS."""
+    prompt, chosen, rejected = (ids[f"{part}_input_ids"] for part in ("prompt", "chosen", "rejected"))
+    closed = (closed_by_eos(prompt, answer, eos_token_id) for answer in (chosen, rejected))
+    return chosen == rejected or next(closed) == next(closed)
+
+
 def token_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Ids:
     """Uncut token ids of a pair, of an unseen text ({prompt,response}_input_ids) or of a mere prompt."""
+    prompt = prompt_messages(row)
+    tools = json.loads(row["tools"]) if row.get("tools") else None
     if "chosen" in row:
-        example = to_implicit_prompt_preferences(row) | {"row": row["row"]}
+        sides = {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+        example = {"prompt": prompt, "tools": tools, "row": row["row"]} | sides
         return tokenize_row(apply_chat_template(example, tokenizer), tokenizer, None, None)
-    question = [{"role": "user", "content": row["prompt"]}]
     if "response" not in row:
         where = f"row {row['row']} of the prompts to measure on"
-        return {"prompt_input_ids": text_ids(render_prompt(question, tokenizer, where), tokenizer)}
+        return {"prompt_input_ids": text_ids(render_prompt(prompt, tokenizer, where, tools), tokenizer)}
     answer = [{"role": "assistant", "content": row["response"]}]
-    prompt, response = render_completion(question, answer, tokenizer, f"row {row['row']} of the unseen texts")
+    where = f"row {row['row']} of the unseen texts"
+    prompt_text, response = render_completion(prompt, answer, tokenizer, where, tools)
     return {
-        "prompt_input_ids": text_ids(prompt, tokenizer),
-        "response_input_ids": completion_ids(prompt, response, tokenizer),
+        "prompt_input_ids": text_ids(prompt_text, tokenizer),
+        "response_input_ids": completion_ids(prompt_text, response, tokenizer),
     }
 
 
@@ -88,24 +165,20 @@ def count_cuts(
 
 
 def corrupted_rows(
-    rows: list[Row], ids: list[Ids], pattern: re.Pattern[str], pairs: list[Row]
+    rows: list[Row], ids: list[Ids], pattern: re.Pattern[str], eos_token_id: int
 ) -> tuple[list[Row], list[Ids]]:
     """The corrupted copies that can be used.
 
-    Not those of a pair that was dropped, those that hold a special token of their own, and those whose token ids
-    are the original's once both are cut.
+    Not those that hold a special token of their own, and those that are the original once both are cut.
 
     Args:
+        rows: copies of pairs that were kept.
         pattern: `chat.special_token_pattern`.
-        pairs: those that were kept.
     """
-    kept = {pair["row"] for pair in pairs}
     good = [
         (row, row_ids)
         for row, row_ids in zip(rows, ids, strict=True)
-        if row["row"] in kept
-        and row_ids["chosen_input_ids"] != row_ids["rejected_input_ids"]
-        and not pattern.search(row["rejected"])
+        if not equal_answers(row_ids, eos_token_id) and not pattern.search(row["rejected"])
     ]
     return [row for row, _ in good], [row_ids for _, row_ids in good]
 

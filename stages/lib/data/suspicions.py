@@ -1,0 +1,37 @@
+"""What is no fault of a pair, but says that a data set may be read otherwise than it was meant."""
+
+import json
+import re
+from collections.abc import Iterable
+
+from stages.lib.data.pairs import Pair
+
+# what other models' templates and dialogue forms put around turns; a plain text has none of it
+OTHER_TEMPLATE = re.compile(
+    r"<\|(?:im_start|im_end|user|assistant|system|eot_id|end|start_header_id|endoftext)\|>|\[/?INST\]|<</?SYS>>"
+    r"|<(?:start|end)_of_turn>|</s>|(?:\A|\n\n)(?:### (?:Instruction|Response|Human|Assistant):|(?:Human|Assistant): )"
+)
+SUSPICIONS = {
+    "other_template": "hold marks of another model's template: they are trained on as text",
+    "begins_with_prompt": "have an answer that begins with the prompt: it is trained on as part of the answer",
+}
+
+
+def suspicious_counts(pairs: Iterable[Pair]) -> dict[str, int]:
+    """How many pairs are suspicious, by the names of SUSPICIONS."""
+    counts = dict.fromkeys(SUSPICIONS, 0)
+    for pair in pairs:
+        texts = (pair.chosen, pair.rejected)
+        prompt = pair.prompt if pair.messages is None else json.loads(pair.messages)[-1]["content"]
+        counts["other_template"] += any(OTHER_TEMPLATE.search(text) for text in (prompt, *texts))
+        counts["begins_with_prompt"] += any(text.lstrip().startswith(prompt.strip()) for text in texts)
+    return counts
+
+
+def count_turns(pairs: Iterable[Pair]) -> dict[str, int]:
+    """How many pairs have a prompt of so many messages, the system's included."""
+    counts: dict[int, int] = {}
+    for pair in pairs:
+        turns = 1 if pair.messages is None else len(json.loads(pair.messages))
+        counts[turns] = counts.get(turns, 0) + 1
+    return {str(turns): counts[turns] for turns in sorted(counts)}

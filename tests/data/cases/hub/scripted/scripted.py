@@ -1,0 +1,5 @@
+import datasets
+
+
+class X(datasets.GeneratorBasedBuilder):
+    pass
