@@ -40,8 +40,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         )
         prompts = pairs["prompt_input_ids"] * (1 if known else 2)
         completions = ([] if known else pairs["chosen_input_ids"]) + pairs["rejected_input_ids"]
-        texts, how = (prompts, completions), {"precision": precision, "progress": f"reference {split}"}
-        both = dial.run(completion_logps, model, *texts, **how).tolist()
+        name = f"reference {split}"
+        both = dial.run(completion_logps, model, prompts, completions, precision=precision, progress=name).tolist()
         both = [known[row] for row in pairs["row"]] + both if known else both
         count = len(pairs["row"])
         logps[split] = {

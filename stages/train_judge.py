@@ -86,8 +86,10 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     model = freeze(load_causal_lm(root / "models/base", device))
     layers = sorted({max(1, round(share * model.config.num_hidden_layers)) for share in params.layers})
     dial = memory_dial(params.micro_batch_tokens, 8192, model, "train_judge")
-    how = {"precision": precision, "progress": "judge features"}
-    features = dial.run(answer_means, model, *texts.lists(), layers, **how)
+    prompts, answers = texts.lists()
+    features = dial.run(
+        answer_means, model, prompts, answers, layers, precision=precision, progress="judge features"
+    )
 
     # 2. layer and strength, by cross-validation over the judge's own prompts
     kinds = np.concatenate([pairs.kinds for pairs in own])
@@ -140,7 +142,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
             print(
                 f"warning: the judge prefers a corrupted copy ({kind}) to the answer in {1 - accuracy:.0%} of cases"
             )
-    tokens = sum(len(prompt) + len(answer) for prompt, answer in zip(*texts.lists(), strict=True))
+    tokens = sum(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
     return {"tokens": tokens, "device": device.type, "precision": precision}
 
 

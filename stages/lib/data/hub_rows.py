@@ -29,6 +29,7 @@ def from_hub(
         UserError: what the Hub or the data set does not have, in one line with the true reason.
     """
     import datasets  # two seconds that a local file does not need
+    from datasets.exceptions import DatasetsError
 
     commit = resolve_revision(hub_id, revision, "dataset")
     where = f"{hub_id} at revision {commit}"
@@ -37,12 +38,11 @@ def from_hub(
             configs = datasets.get_dataset_config_names(hub_id, revision=commit)
             _check_config(where, config, configs, prefix)
             splits = datasets.load_dataset(hub_id, config, revision=commit)
-    except (datasets.exceptions.DatasetsError, RuntimeError) as error:
+    except (DatasetsError, RuntimeError) as error:
         raise UserError(f"{where}: {_reason(error)}") from error
-    first = _pick(where, split, list(splits), f"{prefix}split")
-    names = (
-        [first] if heldout_split is None else [first, _pick(where, heldout_split, list(splits), "heldout_split")]
-    )
+    there = list(map(str, splits))
+    first = _pick(where, split, there, f"{prefix}split")
+    names = [first] if heldout_split is None else [first, _pick(where, heldout_split, there, "heldout_split")]
     if len(set(names)) < len(names):
         raise UserError(f"{where}: fetch_pairs.split and heldout_split are both {first!r}; choose two")
     digest = hashlib.sha256()

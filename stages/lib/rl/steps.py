@@ -62,11 +62,11 @@ def optimizer_step(
         Collapse: the gradient is not finite, and no scale of fp16's makes it so. Nothing has been changed then.
     """
     how = (accelerator, module, rollout, answers, losses_of, coef)
-    means = dial.run(mean_gradient, *how, undo=optimizer.zero_grad)
+    means = dial.run(mean_gradient, *how, undo=lambda: optimizer.zero_grad())
     if forbidden(means):
         optimizer.zero_grad()
         return means | {"grad_norm": 0.0, "steps": 0, "skipped": 0}
-    norm = float(accelerator.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf))
+    norm = float(cast(Tensor, accelerator.clip_grad_norm_(module.parameters(), max_grad_norm or math.inf)))
     if not math.isfinite(norm) and accelerator.scaler is None:
         optimizer.zero_grad()
         raise Collapse(f"the gradient's norm is {norm}")
