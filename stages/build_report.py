@@ -44,6 +44,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         lede=sections.lede(files),
         verdict=paragraphs(sections.verdict_paragraphs(files)),
         scorecard=sections.scorecard(files, mark_change=strong),
+        second_judge=sections.second_judge(files),
         frontier=pictures.pop("frontier"),
         samples=sections.gallery(files, params.gallery_rows),
         tiles=[*numbers.tiles(files), sections.cost_tile(files)],

@@ -87,8 +87,31 @@ def test_numbers_stand_beside_their_intervals_and_baselines(root):
     assert "apostrophes" in text and "0.99 [0.98, 1.00]" in text  # a baseline that beats it
     assert "+0.10 [\N{MINUS SIGN}0.10, +0.30]" in text  # gain in score
     assert "302 pairs over 302 prompts" in text and "4 (duplicate)" in text
-    assert "26 min 52 s" in text  # thirteen stages: 13 + 20.5 * 78 = 1,612 s
+    assert "31 min 20 s" in text  # fourteen stages: 14 + 20.5 * 91 = 1,879.5 s
     assert "beta: 0.1" in text and "# implicit-reward temperature" in text
+
+
+def test_a_second_judge_stands_beside_the_first_where_one_was_asked(root):
+    assert "second judge" not in build(root).text.split("All parameters")[0]
+    found = {"counted_prompts": 250, "unparsed_replies": 1234}
+    for name, mean in (("win_rate", 0.58), ("win_rate_lc", 0.56), ("consistent", 0.8), ("prefers_first", 0.61)):
+        found |= {name: mean, f"{name}_low": mean - 0.05, f"{name}_high": mean + 0.05}
+    metrics = {"on": True, "model": f"judge {HOSTILE}", "dpo": found, "ppo": found | {"win_rate": 0.47}}
+    path = root / "reports/judge_responses/metrics.json"
+    path.write_text(json.dumps(metrics))
+    page = build(root)
+    words = ["What the answers are worth", "A second judge", "Preferred to the base’s by the judge"]
+    words += [f"Preferred to the base’s by judge {HOSTILE}", "58\N{NO-BREAK SPACE}% [53, 63]"]
+    words += ["56\N{NO-BREAK SPACE}% [51, 61]", "80\N{NO-BREAK SPACE}% [75, 85]", "61\N{NO-BREAK SPACE}% [56, 66]"]
+    words += ["250", "1,234", "routine like, number 0"]
+    place = 0
+    for word in words:
+        place = page.text.index(word, place)
+    assert "script" not in {tag for tag, _ in page.tags}
+    del metrics["ppo"]["consistent"]
+    path.write_text(json.dumps(metrics))
+    with pytest.raises(UserError, match="no 'ppo > consistent'; run `dvc repro -f judge_responses`"):
+        build(root)
 
 
 @pytest.mark.parametrize("where", ["prompt", "greedy", "sampled"])

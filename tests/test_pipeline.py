@@ -30,6 +30,7 @@ IN_ORDER = [
     "train_ppo",
     "sample_responses",
     "score_responses",
+    "judge_responses",
     "analyze_logps",
     "publish_hub",
     "build_report",
@@ -134,7 +135,8 @@ def downstream_of(repo: Repo, changed: set[str]) -> set[str]:
     return reached
 
 
-AFTER_ANSWERS = {"score_responses", "publish_hub", "build_report"}
+AFTER_SCORES = {"score_responses", "publish_hub", "build_report"}
+AFTER_ANSWERS = AFTER_SCORES | {"judge_responses"}
 AFTER_DPO = {"train_dpo", "sample_responses", "analyze_logps"} | AFTER_ANSWERS
 AFTER_REWARD = {"train_reward", "train_ppo", "sample_responses", "analyze_logps"} | AFTER_ANSWERS
 EVERYTHING = set(IN_ORDER)
@@ -196,12 +198,13 @@ def line_added_to(name: str, line: str):
         (change_of("train_ppo.policy", "dpo"), AFTER_REWARD - {"train_reward"}),
         (change_of("sample_responses.temperature", 0.1), {"sample_responses"} | AFTER_ANSWERS),
         (change_of("analyze_logps.confidence", 0.9), {"analyze_logps"} | AFTER_ANSWERS),
-        (line_added_to("stages/lib/analysis/verdict.py", "\n# a rule\n"), AFTER_ANSWERS),
-        (line_added_to("stages/lib/analysis/measures.py", "\n# a measure\n"), AFTER_ANSWERS),
+        (line_added_to("stages/lib/analysis/verdict.py", "\n# a rule\n"), AFTER_SCORES),
+        (line_added_to("stages/lib/analysis/measures.py", "\n# a measure\n"), AFTER_SCORES),
         (
             line_added_to("stages/lib/analysis/text_features.py", "\n# an emoji\n"),
-            {"analyze_logps"} | AFTER_ANSWERS,
+            {"analyze_logps"} | AFTER_SCORES,
         ),
+        (change_of("judge_responses.prompts", 8), {"judge_responses", "build_report"}),
         (change_of("publish_hub.name", "another-name"), {"publish_hub"}),
         (line_added_to("stages/lib/hub/card.md.jinja", "\nA sentence.\n"), {"publish_hub"}),
         (change_of("fetch_base.path", "data/base_embedded.json"), EVERYTHING - {"fetch_pairs", "corrupt_answers"}),

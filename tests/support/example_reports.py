@@ -102,6 +102,7 @@ def example_metrics() -> dict[str, dict[str, Any]]:
         "train_ppo": {"episodes": 192, "updates": 12, "kept_update": 12, "stopped_early": None, "kl": 2.4},
         "sample_responses": {"heldout_prompts": 34, "eval_prompts": 222, "max_new_tokens": 128},
         "score_responses": {"prompts": 256, "preferred": {"tokens": [88.0, 102.0], "emoji": [1.5, 2.1]}},
+        "judge_responses": {"on": False},
         "analyze_logps": counts | analysis(),
     }
 

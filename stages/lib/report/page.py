@@ -125,6 +125,7 @@ class Page:
     lede: str
     verdict: Markup
     scorecard: Table
+    second_judge: Table | None  # where one was asked
     frontier: Picture
     samples: Sequence[Sample]
     tiles: Sequence[Tile]

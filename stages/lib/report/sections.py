@@ -20,11 +20,13 @@ MODEL_STAGES = (
     "train_ppo",
     "sample_responses",
     "score_responses",
+    "judge_responses",
     "analyze_logps",
 )
 STAGES = (*DATA_STAGES, *MODEL_STAGES, "publish_hub")
 PARAMETERS = ("base", *DATA_STAGES, *MODEL_STAGES)  # the sections that the numbers depend on
 NONE = "\N{EM DASH}"
+JUDGED = ("dpo", "ppo")  # against the base
 
 COLUMNS = {**MODELS, "chosen": "Preferred answers"}
 MEASURES = {  # of scorecard.csv: decoding, label, digits, as a percentage
@@ -237,6 +239,29 @@ def scorecard(files: ReportFiles, mark_change: Callable[[str], str] | None = Non
             raise UserError(f"{where}: no {measure}; run `dvc repro -f score_responses`")
         rows.append(cells)
     return Table(["Answers", *COLUMNS.values()], rows)
+
+
+def second_judge(files: ReportFiles) -> Table | None:
+    """What the language model of judge_responses prefers, beside the judge; None where the stage is off."""
+    if not files.metric("judge_responses", "on"):
+        return None
+    name = files.metric("judge_responses", "model")
+    rows = {
+        "win_rate": f"Preferred to the base’s by {name}",
+        "win_rate_lc": "The same at equal length",
+        "consistent": "Same verdict in both orders",
+        "prefers_first": "For the answer that stood first (50 %: no bias)",
+    }
+    cells = [["Preferred to the base’s by the judge"]]
+    cells[0] += [percentages(win) if (win := files.scored(model, "win_rate")) else NONE for model in JUDGED]
+    for key, label in rows.items():
+        cells.append([label, *(percentages(files.interval("judge_responses", model, key)) for model in JUDGED)])
+    for key, label in (
+        ("counted_prompts", "Prompts with two verdicts"),
+        ("unparsed_replies", "Replies with none"),
+    ):
+        cells.append([label, *(f"{files.metric('judge_responses', model, key):,}" for model in JUDGED)])
+    return Table(["A second judge", *(MODELS[model] for model in JUDGED)], cells)
 
 
 def verdict_paragraphs(files: ReportFiles) -> str:
