@@ -51,7 +51,7 @@ class Params(Section):
     name: str  # repositories <owner>/<name>-dpo, -reward-model, -ppo
     owner: str | None  # user or organisation; null: the token's user
     push: bool  # upload, or only render
-    replace: bool  # also repositories that were not published from here
+    replace_others: bool  # also repositories that were not published from here
     license: str  # an identifier of the Hub's list
     language: str  # ISO 639
     private: dict[str, bool]  # by dpo, reward, ppo
@@ -91,7 +91,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
 
     receipt = receipt_of(folders, params)
     if account:
-        receipt |= push(account, folders, facts, params.replace)
+        receipt |= push(account, folders, facts, params.replace_others)
     write_json(root / "reports/publish_hub/receipt.json", receipt)
     print("wrote reports/publish_hub/receipt.json" + ("" if account else ": nothing is uploaded (push: false)"))
     return {}

@@ -110,7 +110,10 @@ def dirty(tiny_base, monkeypatch):
     (tiny_base / "pairs.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     (tiny_base / "unseen.jsonl").write_text('{"prompt": "Other", "response": "text"}\n')
     (tiny_base / "more.jsonl").write_text('{"prompt": "A third one"}\n')
-    (tiny_base / "params.yaml").write_text("fetch_pairs: {on_bad_row: drop}\n")
+    (tiny_base / "params.yaml").write_text(
+        "fetch_pairs: {on_bad_row: drop}\ntrain_dpo: {response_length: 8}\ntrain_ppo: {response_length: 8}\n"
+        "sample_responses: {max_new_tokens: 8, first_max_new_tokens: 8}\n"
+    )
     return tiny_base
 
 

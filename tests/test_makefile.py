@@ -94,10 +94,15 @@ def test_torch_comes_from_the_folder_that_is_named(tmp_path):
         wheel_of(tmp_path / "wheels", version)
     (tmp_path / "requirements.lock").write_text("# of the tests\ntorch==2.13.0\n")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "PIP_"))}
-    environment |= {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1"}  # the lock's line is satisfied, and nothing asked for
+    environment |= {
+        "PIP_NO_INDEX": "1",
+        "PIP_NO_DEPS": "1",
+        "PIP_CONFIG_FILE": os.devnull,
+    }  # the lock's line is satisfied, and nothing asked for
     arguments = ["install", "TORCH_INDEX=wheels", f"PYTHON={sys.executable}"]
+    shutil.copy(REPO / "Makefile", tmp_path)
     result = subprocess.run(
-        ["make", "-f", REPO / "Makefile", *arguments],
+        ["make", *arguments],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

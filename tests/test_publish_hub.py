@@ -63,7 +63,7 @@ def hub(tmp_path):
 
 def params(**changes) -> Params:
     settings = dict(
-        name="llm-course-hw2", owner=None, push=False, replace=False, license="apache-2.0", language="en"
+        name="llm-course-hw2", owner=None, push=False, replace_others=False, license="apache-2.0", language="en"
     )
     return Params(**settings | {"private": {"dpo": True, "reward": True, "ppo": False}} | changes)
 
@@ -538,7 +538,11 @@ def test_what_was_not_published_from_here_is_left_alone_unless_asked_for(root, h
     before, private = dict(repository.head.files), repository.private
     (root / "models/hub").rename(root / "models/before")
     status, text = run(root, hub.env())
-    assert status == 1 and "tester/llm-course-hw2-ppo holds" in text and "set publish_hub.replace to true" in text
+    assert (
+        status == 1
+        and "tester/llm-course-hw2-ppo holds" in text
+        and "set publish_hub.replace_others to true" in text
+    )
     assert repository.head.files == before and repository.private == private
-    set_params(root, replace="true")
+    set_params(root, replace_others="true")
     assert run(root, hub.env())[0] == 0 and "run.md" in repository.head.files

@@ -1,5 +1,6 @@
 """CPU tensors that pass for a GPU's: what a device would refuse, and what would wait for it, shows without one."""
 
+import sys
 from collections import Counter
 
 import torch
@@ -40,3 +41,27 @@ class OnGpu(Tensor):
 def on_gpu(tensor: Tensor) -> Tensor:
     """The same values, said to be on a GPU."""
     return tensor.as_subclass(OnGpu)
+
+
+def install(set_attribute, capability: tuple[int, int], refuses_float64: bool) -> None:
+    """Makes every packed batch lie on a faked card, and with it what models and losses make of it.
+
+    Args:
+        set_attribute: setattr, or monkeypatch.setattr.
+        capability: compute capability of the card; from (8, 0) on it would need FlashAttention itself.
+    """
+    from stages.lib.model import packing
+
+    moved = packing.PackedBatch.to
+
+    def to(self, device):
+        batch = vars(moved(self, device))
+        return packing.PackedBatch(**{k: on_gpu(v) if isinstance(v, Tensor) else v for k, v in batch.items()})
+
+    set_attribute(packing.PackedBatch, "to", to)
+    set_attribute(OnGpu, "refuses_float64", refuses_float64)
+    set_attribute(torch.cuda, "get_device_capability", lambda device=None: capability)
+    for module in list(sys.modules.values()):  # on cards whole sequences are packed
+        if getattr(module, "shares_prefixes", None) is packing.shares_prefixes and module is not packing:
+            set_attribute(module, "shares_prefixes", lambda device: False)
+    set_attribute(packing, "shares_prefixes", lambda device: False)

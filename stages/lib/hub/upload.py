@@ -159,7 +159,7 @@ def require_own(api: HfApi, repo_id: str, mark: str) -> None:
     if files and mark not in files:
         raise HubError(
             f"{repo_id} holds {len(files)} file(s) that were not published from here, {min(files)} among them, which "
-            "would be removed: change publish_hub.name, or set publish_hub.replace to true"
+            "would be removed: change publish_hub.name, or set publish_hub.replace_others to true"
         )
 
 
