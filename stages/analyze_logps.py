@@ -114,12 +114,12 @@ def collect_texts(
     texts = pd.concat([*tables, unseen.assign(group="unseen")], ignore_index=True)
     texts["tokens"] = texts["completion_ids"].map(len)
     texts["prompt_id"] = texts["prompt_id"].astype("Int64")
-    return texts[["group", "row", "prompt_id", "prompt_ids", "completion_ids", "tokens", "base_logp"]]
+    return texts.loc[:, ["group", "row", "prompt_id", "prompt_ids", "completion_ids", "tokens", "base_logp"]]
 
 
 def write_answer(root: Path, texts: pd.DataFrame, estimates: dict, confidence: float) -> None:
     """The estimates as numbers and in words."""
-    sizes = texts["group"].value_counts()
+    sizes = texts["group"].value_counts().to_dict()
     groups = {"train_pairs": "train_chosen", "heldout_pairs": "heldout_chosen", "unseen_texts": "unseen"}
     metrics: dict = {name: int(sizes[group]) for name, group in groups.items()}
     text = answer(estimates, metrics, confidence)

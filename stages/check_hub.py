@@ -14,6 +14,7 @@ scores as the local one, the chosen answer above the rejected.
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -29,7 +30,7 @@ NEW_TOKENS = 256
 
 def main(root: Path = Path("."), new_tokens: int = NEW_TOKENS) -> None:
     path = root / "reports/publish_hub/receipt.json"
-    receipt = read_json(path) if path.is_file() else {"pushed": False}
+    receipt: dict[str, Any] = read_json(path) if path.is_file() else {"pushed": False}
     if not receipt["pushed"]:
         raise UserError(f"{path}: nothing was pushed; run `dvc exp run -S publish_hub.push=true` first")
     for name, repository in receipt["repositories"].items():
@@ -79,7 +80,7 @@ def check_scores(repo_id: str, downloaded: Path, local: Path) -> None:
 def answer(folder: Path, new_tokens: int) -> list[int]:
     """Token ids of the greedy answer to QUESTION, in fp32."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     messages = [{"role": "user", "content": QUESTION}]
     inputs = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"

@@ -66,7 +66,7 @@ def test_page_loads_nothing_from_anywhere(root):
 def test_every_chart_and_picture_is_inlined_with_words(root):
     images = [attributes for tag, attributes in build(root).tags if tag == "img"]
     assert sum(image["src"].startswith("data:image/svg+xml;base64,") for image in images) == 9
-    assert sum(image["src"].startswith("data:image/png;base64,") for image in images) == 8
+    assert sum(image["src"].startswith("data:image/png;base64,") for image in images) == 7
     assert all(len(image["alt"]) > 20 for image in images)
 
 

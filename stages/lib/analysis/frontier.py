@@ -5,6 +5,7 @@ the base, and for the base itself at 0 (arXiv:2210.10760, arXiv:2305.18290 figur
 """
 
 import math
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,7 @@ def final(series: str, answers: pd.DataFrame, base: pd.DataFrame, how: Resamplin
     """A finished model's sampled answers, beside the base's to the same prompts; the base itself wins half."""
     both = answers.merge(base, on="prompt_id", suffixes=("", "_base"), validate="one_to_one")
     won = win_rate(wins(both["judge"], both["judge_base"]), how.confidence)
-    kl = float(values_of(answers, "kl").mean())
+    kl = float(cast(np.ndarray, values_of(answers, "kl")).mean())
     score = mean_interval(answers["score"], None, **vars(how))
     return row(series, math.nan, kl, score, Interval(0.5, None, None) if series == MODELS["base"] else won)
 
@@ -46,9 +47,9 @@ def course(series: str, looks: pd.DataFrame, opponents: pd.DataFrame, how: Resam
     points = []
     for step, look in looks.groupby("step"):
         won = [wins(judge, of_prompt[i]).mean() for judge, i in zip(look["judge"], look["prompt_id"], strict=True)]
-        kl = float((look["logp"] - look["ref_logp"]).mean())
+        kl = float(np.mean(look["logp"] - look["ref_logp"]))
         score, won = (mean_interval(values, None, **vars(how)) for values in (look["score"], np.array(won)))
-        points.append(row(series, step, kl, score, won))
+        points.append(row(series, cast(int, step), kl, score, won))
     return points
 
 

@@ -8,6 +8,7 @@ raw outputs of the reward model and of the judge; objective is what PPO maximise
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,8 @@ from stages.lib.analysis.text_features import (
 )
 from stages.lib.data.repetition import rep_n
 
-MEANS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
+Measure = Callable[[pd.DataFrame], Any]  # a Series, one value an answer; pandas types it as one of several
+MEANS: dict[str, Measure] = {
     # raw output of the reward model at the end of the turn; a cut answer is read as if it ended there
     "score": lambda answers: answers["score"],
     # what PPO maximises: the score in the unit of its training, less its penalty for not ending and its price of KL
@@ -49,7 +51,7 @@ MEANS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
     "emoji": lambda answers: answers["text"].map(count_emoji),
     "exclamations": lambda answers: answers["text"].map(count_exclamations),
 }
-SHARES: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
+SHARES: dict[str, Measure] = {
     # ended by itself rather than at the token limit
     "ended": lambda answers: answers["ended"],
     # has a question mark

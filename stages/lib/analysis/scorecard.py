@@ -1,5 +1,8 @@
 """The scorecard: every measure of every model's answers, beside the base's and the data's preferred answers."""
 
+from typing import cast
+
+import numpy as np
 import pandas as pd
 
 from stages.lib.analysis.measures import DISTINCT, MEANS, SHARES, change, level, values_of
@@ -24,7 +27,7 @@ def scorecard(answers: pd.DataFrame, how: Resampling) -> list[dict]:
             them for every prompt that another model answered in that decoding.
     """
     groups = {
-        key: group.sort_values("prompt_id", ignore_index=True)
+        cast(tuple[str, str], key): group.sort_values("prompt_id", ignore_index=True)
         for key, group in answers.groupby(["model", "decoding"], sort=False)
     }
     rows = []
@@ -56,10 +59,11 @@ def preferences(answers: pd.DataFrame, base: pd.DataFrame, confidence: float) ->
 
 def preferred_ranges(answers: pd.DataFrame, how: Resampling) -> dict[str, tuple[float, float]]:
     """Of each measure in RANGED: the percentiles RANGE of the preferred answers' mean over resampled prompts."""
-    chosen = answers[answers["model"] == CHOSEN]
+    chosen = answers.loc[answers["model"] == CHOSEN]
+    values = {measure: cast(np.ndarray, values_of(chosen, measure)) for measure in RANGED}
     return {
-        measure: percentiles_of_mean(values_of(chosen, measure), chosen["prompt_id"], RANGE, how.samples, how.seed)
-        for measure in RANGED
+        measure: percentiles_of_mean(found, chosen["prompt_id"], RANGE, how.samples, how.seed)
+        for measure, found in values.items()
     }
 
 

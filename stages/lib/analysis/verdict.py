@@ -16,6 +16,7 @@ by training. Rules 2 to 4 look at sampled answers.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import pandas as pd
 
@@ -61,7 +62,8 @@ def verdict(scorecard: pd.DataFrame, model: str, ranges: Mapping[str, tuple[floa
 
     def interval(model: str, decoding: str, measure: str, *columns: str) -> Interval:
         values = rows.loc[(model, decoding, measure), list(columns)]
-        return Interval(*(None if pd.isna(value) else float(value) for value in values))
+        mean, low, high = (None if pd.isna(value) else float(value) for value in values)
+        return Interval(cast(float, mean), low, high)
 
     def finding(measure: str, decoding: str = "sampled") -> Finding:
         now, base = (interval(each, decoding, measure, "mean", "low", "high") for each in (model, "base"))

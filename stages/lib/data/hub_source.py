@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import HfApi, RepoCard, hf_hub_download
 from huggingface_hub.errors import (
@@ -41,7 +42,7 @@ def resolve_revision(hub_id: str, revision: str, repo_type: str) -> str:
         "set the commit as revision to get the same files tomorrow",
         stacklevel=2,
     )
-    return info.sha
+    return cast(str, info.sha)
 
 
 def card_license(hub_id: str, commit: str, repo_type: str) -> str | None:
