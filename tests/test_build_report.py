@@ -66,7 +66,7 @@ def test_page_loads_nothing_from_anywhere(root):
 def test_every_chart_and_picture_is_inlined_with_words(root):
     images = [attributes for tag, attributes in build(root).tags if tag == "img"]
     assert sum(image["src"].startswith("data:image/svg+xml;base64,") for image in images) == 9
-    assert sum(image["src"].startswith("data:image/png;base64,") for image in images) == 8
+    assert sum(image["src"].startswith("data:image/png;base64,") for image in images) == 7
     assert all(len(image["alt"]) > 20 for image in images)
 
 
@@ -224,7 +224,7 @@ def test_a_missing_picture_is_named(root):
 
 def test_training_without_evaluations_is_drawn_without_them(root):
     (root / "reports/train_ppo/evaluations.csv").write_text("\n")  # train_ppo.eval_every: 0
-    assert sum(tag == "img" for tag, _ in build(root).tags) == 17
+    assert sum(tag == "img" for tag, _ in build(root).tags) == 16
 
 
 def test_changes_clear_of_zero_are_bold(root):
