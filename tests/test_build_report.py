@@ -224,7 +224,7 @@ def test_a_missing_picture_is_named(root):
 
 def test_training_without_evaluations_is_drawn_without_them(root):
     (root / "reports/train_ppo/evaluations.csv").write_text("\n")  # train_ppo.eval_every: 0
-    assert sum(tag == "img" for tag, _ in build(root).tags) == 17
+    assert sum(tag == "img" for tag, _ in build(root).tags) == 16
 
 
 def test_changes_clear_of_zero_are_bold(root):
