@@ -72,8 +72,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         prompts, completions = todo["prompt_ids"].tolist(), todo["completion_ids"].tolist()
         model = freeze(load_causal_lm(root / "models" / name, device))
         dial = memory_dial(params.micro_batch_tokens, 8192, model, "analyze_logps")
-        how = {"precision": precision, "progress": name}
-        logps = dial.run(completion_logps, model, prompts, completions, **how)
+        logps = dial.run(completion_logps, model, prompts, completions, precision=precision, progress=name)
         summed = pd.Series(logps.numpy().astype(float), todo.index)
         texts[name] = (summed.combine_first(texts["base_logp"]) if name == "base" else summed) / texts["tokens"]
         tokens += sum(map(len, prompts)) + sum(map(len, completions))
