@@ -18,14 +18,16 @@ from pathlib import Path
 
 import pandas as pd
 from pydantic import Field
+from transformers import PreTrainedTokenizerBase
 
 from stages.lib.analysis import rankings
 from stages.lib.analysis.answer import answer
 from stages.lib.analysis.memorisation import change_quantiles, changes, displacement, levels, pair_changes, tidy
 from stages.lib.analysis.names import MODELS
 from stages.lib.analysis.stats import Resampling
+from stages.lib.data.chat import seen_text
 from stages.lib.data.reference import other_precision, read_reference_logps
-from stages.lib.model.loading import freeze, load_causal_lm, pick_device, pick_precision
+from stages.lib.model.loading import freeze, load_causal_lm, load_tokenizer, pick_device, pick_precision
 from stages.lib.model.logps import completion_logps
 from stages.lib.model.memory import memory_dial
 from stages.lib.report import plots
@@ -70,8 +72,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         prompts, completions = todo["prompt_ids"].tolist(), todo["completion_ids"].tolist()
         model = freeze(load_causal_lm(root / "models" / name, device))
         dial = memory_dial(params.micro_batch_tokens, 8192, model, "analyze_logps")
-        how = {"precision": precision, "progress": name}
-        logps = dial.run(completion_logps, model, prompts, completions, **how)
+        logps = dial.run(completion_logps, model, prompts, completions, precision=precision, progress=name)
         summed = pd.Series(logps.numpy().astype(float), todo.index)
         texts[name] = (summed.combine_first(texts["base_logp"]) if name == "base" else summed) / texts["tokens"]
         tokens += sum(map(len, prompts)) + sum(map(len, completions))
@@ -82,6 +83,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         estimates[name] |= changes(texts, name, how) | displacement(texts, name, params.confidence)
 
     # 3. what ranks the held-out pairs, beside counting one feature
+    words = seen_words(words, texts, load_tokenizer(root / "models/base"))
     pairs = rankings.heldout_table(texts, words, measured["train_reward/heldout_scores.csv"])
     for name, found in rankings.estimates(pairs, how).items():
         estimates[name] = estimates.get(name, {}) | found
@@ -115,6 +117,18 @@ def collect_texts(
     texts["tokens"] = texts["completion_ids"].map(len)
     texts["prompt_id"] = texts["prompt_id"].astype("Int64")
     return texts.loc[:, ["group", "row", "prompt_id", "prompt_ids", "completion_ids", "tokens", "base_logp"]]
+
+
+def seen_words(words: pd.DataFrame, texts: pd.DataFrame, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+    """row, chosen, rejected: the held-out answers as text, cut where their token ids were cut."""
+    columns = {"row": words["row"]}
+    for side in ("chosen", "rejected"):
+        ids = texts[texts["group"] == f"heldout_{side}"].set_index("row")["completion_ids"]
+        columns[side] = [
+            seen_text(text, ids[row], tokenizer) if row in ids.index else text
+            for row, text in zip(words["row"], words[side], strict=True)
+        ]
+    return pd.DataFrame(columns)
 
 
 def write_answer(root: Path, texts: pd.DataFrame, estimates: dict, confidence: float) -> None:

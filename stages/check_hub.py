@@ -67,8 +67,10 @@ def check_answer(repo_id: str, downloaded: Path, local: Path, new_tokens: int) -
 def check_scores(repo_id: str, downloaded: Path, local: Path) -> None:
     """The downloaded reward model scores the stored example like the local one, and the chosen answer higher."""
     example = read_json(downloaded / "example.json")
-    chosen, rejected = (score(downloaded, example["prompt"], example[side]) for side in ("chosen", "rejected"))
-    here = [score(local, example["prompt"], example[side]) for side in ("chosen", "rejected")]
+    prompt = example.get("messages") or [{"role": "user", "content": example["prompt"]}]
+    asked = prompt, example.get("tools")
+    chosen, rejected = (score(downloaded, *asked, example[side]) for side in ("chosen", "rejected"))
+    here = [score(local, *asked, example[side]) for side in ("chosen", "rejected")]
     if [chosen, rejected] != here:
         raise UserError(f"{repo_id}: scores {chosen}, {rejected} where {local} scores {here[0]}, {here[1]}")
     if chosen <= rejected:
@@ -90,12 +92,12 @@ def answer(folder: Path, new_tokens: int) -> list[int]:
 
 
 @torch.no_grad()
-def score(folder: Path, prompt: str, completion: str) -> float:
+def score(folder: Path, prompt: list[dict], tools: list[dict] | None, completion: str) -> float:
     """The reward model's score of one answer, read at its end of turn, in fp32."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
+    messages = [*prompt, {"role": "assistant", "content": completion}]
+    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False).rstrip("\n")
     inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     return model(**inputs).logits.item()
 

@@ -48,6 +48,7 @@ def prepared(tokenizer, embedded_pairs, tmp_path_factory):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
+    tokenizer.save_pretrained(root / "models/base")
     base = AutoModelForCausalLM.from_pretrained(root / "models/base").eval()
 
     logps, first = {}, 0
@@ -157,9 +158,9 @@ def test_log_probs_are_those_of_the_definition_for_every_model(prepared):
 def test_base_is_run_on_the_unseen_texts_alone(prepared, monkeypatch):
     seen = []
 
-    def spy(model, prompts, *rest):
+    def spy(model, prompts, completions, **how):
         seen.append(len(prompts))
-        return completion_logps(model, prompts, *rest)
+        return completion_logps(model, prompts, completions, **how)
 
     monkeypatch.setattr(stage, "completion_logps", spy)
     main(BASE, PARAMS, prepared)

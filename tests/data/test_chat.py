@@ -10,6 +10,7 @@ from stages.lib.data.chat import (
     closed_by_eos,
     completion_ids,
     generation_header_ids,
+    seen_text,
     special_token_pattern,
     text_ids,
     to_implicit_prompt_preferences,
@@ -255,3 +256,37 @@ def test_added_tokens_that_are_plain_spaces_are_text(tokenizer):
     pattern = special_token_pattern(spaced)
     assert not pattern.search("two  spaces\n\nand a paragraph")
     assert pattern.search("<think>") and pattern.search("<|im_end|>")
+
+
+def test_a_cut_answer_is_its_text_as_far_as_it_goes(tokenizer):
+    text = "One two three 🙂 four."
+    whole = tokenize_row(apply_chat_template(PAIR | {"chosen": text}, tokenizer), tokenizer)["chosen_input_ids"]
+    assert seen_text(text, whole, tokenizer) == text
+    for length in range(1, len(whole)):
+        seen = seen_text(text, whole[:length], tokenizer)
+        assert text.startswith(seen) and (seen == text) == (text in tokenizer.decode(whole[:length]))
+
+
+SYSTEM_PROMPT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi?"}]
+
+
+def test_what_a_template_leaves_out_is_said(tokenizer, monkeypatch):
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
+    example = {"prompt": SYSTEM_PROMPT, "chosen": [{"role": "assistant", "content": "a"}]}
+    example |= {"rejected": [{"role": "assistant", "content": "b"}], "row": 5}
+    with pytest.raises(ChatError, match="row 5: the chat template leaves out the tool 'look_up'"):
+        apply_chat_template(example | {"tools": [tool]}, tokenizer)
+    with_tools = tokenizer.chat_template + "{{ '' }}"
+    monkeypatch.setattr(tokenizer, "chat_template", "{% if tools %}{{ tools | tojson }}{% endif %}" + with_tools)
+    assert "look_up" in apply_chat_template(example | {"tools": [tool]}, tokenizer)["prompt"]
+    users_only = (
+        "{% for m in messages %}{% if m.role != 'system' %}{{ m.role + ':' + m.content }}{% endif %}{% endfor %}"
+    )
+    monkeypatch.setattr(
+        tokenizer, "chat_template", users_only + "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    with pytest.raises(ChatError, match=r"row 5: the chat template leaves out the text of message 1 \(system\)"):
+        apply_chat_template(example, tokenizer)
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no system here') }}")
+    with pytest.raises(ChatError, match="no system here .the prompt has a system message"):
+        apply_chat_template(example, tokenizer)

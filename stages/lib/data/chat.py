@@ -229,6 +229,12 @@ def closed_by_eos(prompt_ids: list[int], completion_ids: list[int], eos_token_id
     return prompt_ids + (turns if turns[-1:] == [eos_token_id] else [*turns[:-1], eos_token_id])
 
 
+def seen_text(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """An answer's text as far as its ids, which a limit may have cut, go; itself where nothing was cut."""
+    seen = tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")  # half a character at the cut
+    return seen if len(seen) < len(text) and text.startswith(seen) else text
+
+
 def generation_header_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that invite the answer, at the end of every prompt (SmolLM: '<|im_start|>assistant\\n')."""
     question = [{"role": "user", "content": "Hello"}]

@@ -3,6 +3,7 @@
 A number that is missing or null is an error that names file and key, never a blank.
 """
 
+import json
 import re
 import statistics
 from dataclasses import dataclass
@@ -178,6 +179,11 @@ def read_example(root: Path, reports: ReportFiles) -> dict[str, Any]:
         )
     index = pairs["row"].index(row)
     texts = {name: pairs[name][index] for name in ("prompt", "chosen", "rejected")}
+    if "messages" in pairs:  # some prompt of the data set is more than a user's turn
+        row = {name: values[index] for name, values in pairs.items()}
+        plain = [{"role": "user", "content": row["prompt"]}]
+        texts["messages"] = json.loads(row["messages"]) if row["messages"] else plain
+        texts["tools"] = json.loads(row["tools"]) if row["tools"] else None
     return texts | {"chosen_score": chosen, "rejected_score": rejected}
 
 

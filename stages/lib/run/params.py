@@ -126,7 +126,10 @@ def _in_words(section: str, cls: type[Section], error: ValidationError) -> str:
     for _ in place[1:]:  # into a dict or a list
         hint = typing.get_args(hint)[-1]
     bounds = _spell_bounds(field.metadata) if len(place) == 1 else ""
-    return f"'{key}' must be {_spell(hint, bounds)}, not {first['input']!r}"
+    quote = (
+        " (write it in quotes)" if first["type"] == "string_type" and not isinstance(first["input"], str) else ""
+    )
+    return f"'{key}' must be {_spell(hint, bounds)}, not {first['input']!r}{quote}"
 
 
 def _spell(hint: Any, bounds: str = "") -> str:
