@@ -79,13 +79,12 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     write_comparisons(root, rows)
 
     # 3. Count
-    comparisons = pd.DataFrame(rows).astype({"won": float})
     metrics = {"on": True, "model": params.model, "answered_by": sorted({r.model for r in replies if r.model})}
     metrics |= {"prompts": len(pairs) // len(TRAINED), "confidence": confidence}
-    longer = pd.DataFrame(pairs).set_index(["model", "prompt_id"])["longer"]
     for model in TRAINED:
-        own = comparisons[comparisons["model"] == model]
-        metrics[model] = figures(own, longer[model], model, confidence, params.model)
+        own = [row for row in rows if row["model"] == model]
+        longer = [pair["longer"] for pair in pairs if pair["model"] == model]
+        metrics[model] = figures(own, longer, model, confidence, params.model)
     write_json(root / REPORTS / "metrics.json", round_floats(metrics))
     print(f"wrote {REPORTS}/comparisons.csv, metrics.json: {len(replies)} replies, {asked} of them asked for now")
     for model in TRAINED:
@@ -128,30 +127,29 @@ def pairs_of_answers(root: Path, count: int | None, seed: int) -> list[dict[str,
 
 
 def figures(
-    comparisons: pd.DataFrame, longer: pd.Series, model: str, confidence: float, judge: str
+    rows: list[dict[str, Any]], longer: list[int], model: str, confidence: float, judge: str
 ) -> dict[str, float | int | None]:
     """What metrics.json says of one model.
+
+    Args:
+        rows: its comparisons, a prompt's two orders one after the other, its own answer first in the former.
+        longer: tokens of its answer less those of the base's, for each prompt.
 
     Raises:
         UserError: no prompt has a verdict in both orders.
     """
-    by_order = comparisons.assign(first=comparisons["first"] == model).pivot(
-        index="prompt_id", columns="first", values="won"
-    )
-    whole = by_order.notna().all(axis=1)
-    unparsed = int(comparisons["won"].isna().sum())
-    if not whole.any():
+    won = np.array([row["won"] for row in rows], np.float64).reshape(-1, 2)  # NaN without a verdict
+    counted, unparsed = int(np.isfinite(won).all(axis=1).sum()), int(np.isnan(won).sum())
+    if not counted:
         raise UserError(
-            f"{judge}: none of {len(by_order)} prompts of {model} has a verdict in both orders ({unparsed} of "
-            f"{len(comparisons)} replies have none). Read some of {CACHE}, named in {REPORTS}/comparisons.csv, and "
+            f"{judge}: none of {len(won)} prompts of {model} has a verdict in both orders ({unparsed} of "
+            f"{won.size} replies have none). Read some of {CACHE}, named in {REPORTS}/comparisons.csv, and "
             "choose another judge_responses.model"
         )
-    found: dict[str, float | int | None] = {"counted_prompts": int(whole.sum()), "unparsed_replies": unparsed}
+    found: dict[str, float | int | None] = {"counted_prompts": counted, "unparsed_replies": unparsed}
     for name, value in (("wins", 1.0), ("ties", 0.5), ("losses", 0.0)):
-        found[name] = int((comparisons["won"] == value).sum())  # replies
-    difference = longer.loc[by_order.index].to_numpy()
-    orders = (by_order[stood_first].to_numpy(np.float64) for stood_first in (True, False))
-    for name, interval in tally(*orders, difference, confidence).items():
+        found[name] = int((won == value).sum())  # replies
+    for name, interval in tally(won[:, 0], won[:, 1], longer, confidence).items():
         found |= interval.as_metrics(name)
     return found
 
