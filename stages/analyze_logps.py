@@ -123,9 +123,10 @@ def seen_words(words: pd.DataFrame, texts: pd.DataFrame, tokenizer: PreTrainedTo
     """row, chosen, rejected: the held-out answers as text, cut where their token ids were cut."""
     columns = {"row": words["row"]}
     for side in ("chosen", "rejected"):
-        ids = texts[texts["group"] == f"heldout_{side}"].set_index("row")["completion_ids"]
+        seen = texts[texts["group"] == f"heldout_{side}"]
+        ids = dict(zip(seen["row"], seen["completion_ids"], strict=True))
         columns[side] = [
-            seen_text(text, ids[row], tokenizer) if row in ids.index else text
+            seen_text(text, ids[row], tokenizer) if row in ids else text
             for row, text in zip(words["row"], words[side], strict=True)
         ]
     return pd.DataFrame(columns)
