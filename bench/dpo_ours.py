@@ -57,17 +57,17 @@ def measure_reference(spec: dict[str, Any], base: Base, root: Path, device: torc
         train_dpo.batches_of(spec["num_pairs"], train_dpo.Params(**spec["train_dpo"]), base.seed)
     )
 
-    def timed(model: Any, prompts: list, completions: list, *args: Any) -> Tensor:
+    def timed(model: Any, prompts: list, completions: list, **how: Any) -> Tensor:
         """Two calls of the stage's function in place of one. Rows: all chosen completions, then all rejected."""
         count = len(prompts) // 2
         if count != spec["num_pairs"]:
-            return compute(model, prompts, completions, *args)  # the held-out pair
+            return compute(model, prompts, completions, **how)  # the held-out pair
         warm = [i for i in range(2 * count) if i % count in first_batch]
         counted = [i for i in range(2 * count) if i % count not in first_batch]
         logps = torch.empty(2 * count)
         for rows in (warm, counted):
             started = now(device)
-            logps[rows] = compute(model, [prompts[i] for i in rows], [completions[i] for i in rows], *args)
+            logps[rows] = compute(model, [prompts[i] for i in rows], [completions[i] for i in rows], **how)
             seconds.append(now(device) - started)
         return logps
 

@@ -446,8 +446,8 @@ def test_the_usage_snippets_run_as_printed_and_say_what_the_local_models_say(pub
         assert printed[kind] == answer + "\n"
     scores = [float(line.split()[1]) for line in printed["reward"].splitlines()]
     example = read_json(root / "models/hub" / NAMES["reward"] / "example.json")
-    local = [score(root / "models/reward", example["prompt"], example[side]) for side in ("chosen", "rejected")]
-    assert scores == local
+    asked = [{"role": "user", "content": example["prompt"]}], None
+    assert scores == [score(root / "models/reward", *asked, example[side]) for side in ("chosen", "rejected")]
 
 
 CHECK = """
@@ -488,9 +488,8 @@ def test_the_check_downloads_afresh_and_compares(project, tmp_path):
 def make_the_example_hold(root: Path) -> None:
     """The fixture's scores are made up: swaps the sides of all pairs if the random model prefers the others."""
     example = read_example(root, ReportFiles(root))
-    chosen, rejected = (
-        score(root / "models/reward", example["prompt"], example[s]) for s in ("chosen", "rejected")
-    )
+    asked = [{"role": "user", "content": example["prompt"]}], None
+    chosen, rejected = (score(root / "models/reward", *asked, example[s]) for s in ("chosen", "rejected"))
     if chosen < rejected:
         pairs = read_parquet(root / "data/pairs/heldout.parquet")
         pairs["chosen"], pairs["rejected"] = pairs["rejected"], pairs["chosen"]
