@@ -47,9 +47,17 @@ def blocks(read: Read) -> dict[str, str]:
 
 def verdicts(read: Read) -> str:
     found = json.loads(read("reports/score_responses/verdicts.json"))
-    return "\n".join(
-        f"- **{COLUMNS[model]} is {each['word']}**: {'; '.join(each['reasons'])}." for model, each in found.items()
-    )
+    lines = [
+        f"- **{COLUMNS[model]}: {each['word']}**: {'; '.join(each['reasons'])}." for model, each in found.items()
+    ]
+    table = csv.DictReader(StringIO(read("reports/score_responses/scorecard.csv")))
+    for row in table:
+        if (row["model"], row["measure"]) == ("ppo", "objective"):
+            change, low, high = (f"{float(row[name]):+.2f}" for name in ("change", "change_low", "change_high"))
+            lines[-1] += (
+                f" Its objective, what it maximises, changed by {change} [{low}, {high}] on these prompts."
+            )
+    return "\n".join(lines)
 
 
 def scorecard(read: Read) -> str:
