@@ -214,9 +214,9 @@ def test_ppos_objective_worked_example():
 def test_texts_are_read_once(root, monkeypatch):
     counts = []
 
-    def spy(judge, base, reward_model, prompts, *args):
+    def spy(judge, base, reward_model, prompts, *args, **how):
         counts.append(len(prompts))
-        return real(judge, base, reward_model, prompts, *args)
+        return real(judge, base, reward_model, prompts, *args, **how)
 
     real = stage.opinions
     monkeypatch.setattr(stage, "opinions", spy)
