@@ -7,14 +7,12 @@ with ChatServer(lambda request: "[[A]]") as server:
 """
 
 import json
-import socket
-import struct
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.support.loopback import LoopbackHandler, LoopbackServer
 
 KEY = "sk-loopbackKey0123456789abcdef"
 MODEL = "loopback-judge"
@@ -33,45 +31,23 @@ class Fault:
     times: int = 1
 
 
-class ChatServer:
+class ChatServer(LoopbackServer):
     """State and life of the server; a context manager."""
 
     def __init__(self, reply: Callable[[dict[str, Any]], str | None], key: str = KEY) -> None:
+        super().__init__(type("Bound", (Handler,), {"server_": self}))
         self.reply, self.key = reply, key
-        self.faults: list[Fault] = []
         self.requests: list[tuple[float, dict[str, Any]]] = []  # when, and the body
         self.open = self.most_open = 0  # requests at a time
-        self.lock = threading.Lock()
-        self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"server_": self}))
-        self.httpd.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.httpd.server_address[1]}/v1"
-
-    def __enter__(self) -> "ChatServer":
-        threading.Thread(target=self.httpd.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.httpd.shutdown()
-        self.httpd.server_close()
+        self.url = f"{self.address}/v1"
 
     def env(self) -> dict[str, str]:
         """What a client's process needs to talk to this server and to nothing else."""
         return {"OPENAI_BASE_URL": self.url, "OPENAI_API_KEY": KEY, "NO_PROXY": "127.0.0.1,localhost"}
 
-    def take_fault(self) -> Fault | None:
-        with self.lock:
-            for fault in self.faults:
-                if fault.times > 0:
-                    fault.times -= 1
-                    return fault
-        return None
 
-
-class Handler(BaseHTTPRequestHandler):
+class Handler(LoopbackHandler):
     server_: ChatServer
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = -1  # one packet for head and body
 
     def do_POST(self) -> None:
         server = self.server_
@@ -92,9 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault := server.take_fault():
             time.sleep(fault.delay)
             if fault.drop:
-                self.close_connection = True
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                return self.connection.close()
+                return self.cut()
             if fault.status:
                 return self.send(fault.status, fault.body, fault.headers)
         if self.path != "/v1/chat/completions":
@@ -110,21 +84,3 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, status: int, message: str) -> None:
         self.send(status, json.dumps({"error": {"message": message, "type": "invalid_request_error"}}).encode())
-
-    def send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Type": "application/json"} | (headers or {})).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-        self.wfile.flush()
-
-    def finish(self) -> None:
-        try:
-            super().finish()
-        except (OSError, ValueError):
-            pass  # cut
-
-    def log_message(self, *_: object) -> None:
-        pass

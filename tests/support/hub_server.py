@@ -16,19 +16,17 @@ import hashlib
 import itertools
 import json
 import re
-import socket
-import struct
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.support.card_rules import card_errors
+from tests.support.loopback import LoopbackHandler, LoopbackServer
 
 TOKEN = "hf_loopbackWriteToken0123456789abcdef"
 READ_TOKEN = "hf_loopbackReadToken0123456789abcdefg"
@@ -93,10 +91,12 @@ class Refusal(Exception):
         self.status, self.message, self.code, self.body = status, message, code, body
 
 
-class HubServer:
+class HubServer(LoopbackServer):
     """State and life of the server; a context manager."""
 
     def __init__(self, folder: Path, port: int = 0) -> None:
+        super().__init__(type("Bound", (Handler,), {"hub": self}), port)
+        self.url = self.address
         self.folder = folder / "lfs"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.accounts = {
@@ -108,22 +108,8 @@ class HubServer:
         self.refused_names: set[str] = set()
         self.repositories: dict[str, Repository] = {}
         self.collections: dict[str, dict[str, Any]] = {}
-        self.faults: list[Fault] = []
         self.requests: list[tuple[str, str, int]] = []  # method, path with query, status (0: cut)
-        self.lock = threading.RLock()
         self.counter = itertools.count(1)
-        self.httpd = ThreadingHTTPServer(("127.0.0.1", port), type("Bound", (Handler,), {"hub": self}))
-        self.httpd.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.httpd.server_address[1]}"
-
-    def __enter__(self) -> "HubServer":
-        self.thread = threading.Thread(target=self.httpd.serve_forever, args=(0.02,), daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.httpd.shutdown()
-        self.httpd.server_close()
 
     def env(self, token: str | None = TOKEN, home: Path | None = None) -> dict[str, str]:
         """What a client's process needs to talk to this server and to nothing else."""
@@ -146,20 +132,9 @@ class HubServer:
     def new_oid(self) -> str:
         return hashlib.sha1(f"commit {next(self.counter)}".encode()).hexdigest()
 
-    def take_fault(self, method: str, path: str) -> Fault | None:
-        with self.lock:
-            for fault in self.faults:
-                if fault.times > 0 and fault.method == method and re.search(fault.path, path):
-                    fault.times -= 1
-                    return fault
-        return None
 
-
-class Handler(BaseHTTPRequestHandler):
+class Handler(LoopbackHandler):
     hub: HubServer
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = -1  # one packet for head and body
 
     ROUTES = [
         ("GET", r"/api/whoami-v2", "whoami"),
@@ -188,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         hub, method = self.hub, self.command
         self.pending = int(self.headers.get("Content-Length") or 0)
-        fault = hub.take_fault(method, self.path)
+        fault = hub.take_fault(lambda each: each.method == method and re.search(each.path, self.path))
         if fault:
             if fault.action:
                 fault.action()
@@ -222,14 +197,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.cut()
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.hub.requests.append((self.command, self.path, status))
-        self.send_response(status)
-        for name, value in ({"Content-Type": "application/json"} | (headers or {})).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(raw)
-        self.wfile.flush()
+        self.send(status, raw, headers)
 
     def refuse(self, refusal: Refusal, headers: dict[str, str] | None = None) -> None:
         self.drain()
@@ -240,18 +208,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"error": refusal.message} | refusal.body, refusal.status, headers)
 
     def cut(self) -> None:
-        """Ends the connection the hard way: the client sees a reset, not an orderly close."""
         self.hub.requests.append((self.command, self.path, 0))
-        self.close_connection = True
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.rfile.close()
-        self.connection.close()
-
-    def finish(self) -> None:
-        try:
-            super().finish()
-        except (OSError, ValueError):
-            pass  # cut
+        super().cut()
 
     def drain(self) -> None:
         while self.pending > 0 and (chunk := self.rfile.read(min(CHUNK, self.pending))):
@@ -263,9 +221,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def json(self) -> Any:
         return json.loads(self.body())
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     # rights
 
