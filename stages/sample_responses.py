@@ -1,12 +1,12 @@
-"""Answer the same prompts with base, DPO and PPO, greedy and sampled, and read how likely each answer was.
+"""Answer the same prompts with base, DPO and PPO, greedy and sampled.
 
 Generation only: what the answers are worth is score_responses' to say.
 
 Reads   models/base, models/dpo, models/ppo
         data/tokenized/prompts_{heldout,eval,judge}.parquet
         data/courses/{dpo,ppo}.parquet          which of the judge's prompts training looked at
-Writes  data/answers.parquet                    model, decoding, prompt_id, split, response_ids, text, ended, logp,
-                                                base_logp, entropy
+Writes  data/answers.parquet                    model, decoding, prompt_id, split, response_ids, text, ended; logp
+                                                and entropy of the trained models
         data/base_answers.parquet               several sampled answers of the base to one prompt: to a few held-out
                                                 ones for the best of n, to the judge's as the courses' opponents
         reports/sample_responses/samples.json   the first prompts and their six answers
@@ -14,10 +14,10 @@ Writes  data/answers.parquet                    model, decoding, prompt_id, spli
         reports/sample_responses/metrics.json   counts, limits, and how long answers are
         reports/sample_responses/run.json       seconds, tokens/s, memory, versions
 
-Sampling is plain, without top-p: logp (the model's) and base_logp (the base's), in nats and summed over an answer,
-are of the very distribution that was drawn from, logits divided by the temperature, and their mean difference is a
-KL divergence. entropy is the mean over an answer's tokens. Sampled: every held-out and evaluation prompt; greedy:
-the held-out prompts.
+Sampling is plain, without top-p: logp, in nats and summed over an answer, is of the very distribution that was drawn
+from, logits divided by the temperature. entropy is the mean over an answer's tokens. What the base finds likely is
+score_responses' to read, in its one pass over all answers. Sampled: every held-out and evaluation prompt; greedy: the
+held-out prompts.
 
 Run     dvc repro sample_responses              (untracked: python -m stages.sample_responses)
 """
@@ -78,10 +78,9 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     numbers = torch.Generator().manual_seed(seed_of(base.seed, "answers"))
     uniforms = torch.rand(len(of_base), longest, generator=numbers)
 
-    reader = freeze(load_causal_lm(root / "models/base", device))
     tables = []
     for name in MODELS:
-        model = reader if name == "base" else freeze(load_causal_lm(root / "models" / name, device))
+        model = freeze(load_causal_lm(root / "models" / name, device))
         table = of_base if name == "base" else of_all
         # 2. The model answers
         is_first = table["use"] == "first"
@@ -98,19 +97,17 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         )
         columns = {"response_ids": [answer.ids for answer in answers], "text": [answer.text for answer in answers]}
         tables.append(table.assign(model=name, **columns, ended=[answer.ended for answer in answers]))
-        # 3. How likely its answers were, and how likely the base finds them
-        own = tables[-1][table["use"] == "measured"].copy()
-        own["logp"], own["entropy"] = read(model, own, params.temperature, precision, f"{name} reads")
-        own["base_logp"] = own["logp"]
+        # 3. How likely a trained model found its answers
         if name != "base":
-            own["base_logp"] = read(reader, own, params.temperature, precision, "base reads")[0]
-        tables[-1] = tables[-1].join(own[["logp", "base_logp", "entropy"]])
+            own = tables[-1][table["use"] == "measured"].copy()
+            own["logp"], own["entropy"] = read(model, own, params.temperature, precision, f"{name} reads")
+            tables[-1] = tables[-1].join(own[["logp", "entropy"]])
     everything = pd.concat(tables, ignore_index=True)
     answers = everything[everything["use"] == "measured"]
     base_answers = everything[everything["use"].isin(["best of n", "opponent"])]
 
     names = ["prompt_id", "split", "response_ids", "text", "ended", "model", "decoding"]
-    write_table(root / "data/answers.parquet", answers[[*names, "logp", "entropy", "base_logp"]])
+    write_table(root / "data/answers.parquet", answers[[*names, "logp", "entropy"]])
     write_table(root / "data/base_answers.parquet", base_answers[[*names[:5], "use", "candidate"]])
     samples = gallery(
         everything[everything["use"] == "first"], answers, heldout, params.gallery_prompts, base.seed
@@ -120,6 +117,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         partial.write_text(side_by_side(samples), encoding="utf-8")
     metrics = {"heldout_prompts": len(heldout), "eval_prompts": len(measured) - len(heldout)}
     metrics |= {"judge_prompts": len(judged), "max_new_tokens": params.max_new_tokens}
+    metrics["temperature"] = params.temperature
     for name in MODELS:
         own = answers[(answers["model"] == name) & (answers["decoding"] == "sampled")]
         lengths = own["response_ids"].map(len)

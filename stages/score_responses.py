@@ -4,7 +4,7 @@ Reads   data/answers.parquet, data/base_answers.parquet, data/courses/{dpo,ppo}.
         data/tokenized/pairs_heldout.parquet         the preferred answers, cut where the models' are
         data/tokenized/prompts_{heldout,eval,judge}.parquet
         models/base, models/reward, models/judge
-        reports/sample_responses/metrics.json        the limit in tokens
+        reports/sample_responses/metrics.json        the limit in tokens, and the temperature
         reports/train_reward/heldout_scores.csv      for the picture of scores
         reports/train_ppo/metrics.json               the unit of its scores, its penalty and its price of KL
         params.yaml: analyze_logps.confidence and bootstrap_samples, those of every interval
@@ -70,14 +70,19 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     precision = pick_precision(base.precision, device)
     how = Resampling(**load_params("analyze_logps", Intervals, root).model_dump(), seed=base.seed)
 
-    # 1. all texts under reward model and judge
-    answers = pd.concat([read_table(root / "data/answers.parquet"), preferred_answers(root)], ignore_index=True)
+    # 1. all texts under reward model, judge and base
+    limits = read_json(root / "reports/sample_responses/metrics.json")
+    preferred = preferred_answers(root, limits["max_new_tokens"])
+    answers = pd.concat([read_table(root / "data/answers.parquet"), preferred], ignore_index=True)
     several = read_table(root / "data/base_answers.parquet")
     courses = {name: read_table(root / f"data/courses/{name}.parquet") for name in TRAINED}
-    tables = [answers, several, *courses.values()]
-    scored, tokens = score(root, tables, params.micro_batch_tokens, device, precision)
+    tables = [answers.assign(read=True), several, *courses.values()]
+    scored, tokens = score(root, tables, limits["temperature"], params.micro_batch_tokens, device, precision)
     answers, several, *looks = scored
     courses = dict(zip(courses, looks, strict=True))
+    of_base = answers["model"] == "base"
+    answers["logp"] = answers["logp"].where(~of_base, answers["base_logp"])
+    answers["entropy"] = answers["entropy"].where(~of_base, answers["base_entropy"])
 
     # 2. the scorecard and the verdicts
     answers["objective"] = objective(answers, read_json(root / "reports/train_ppo/metrics.json"))
@@ -111,9 +116,8 @@ def read_table(path: Path) -> pd.DataFrame:
     return pd.DataFrame(read_parquet(path))
 
 
-def preferred_answers(root: Path) -> pd.DataFrame:
+def preferred_answers(root: Path, limit: int) -> pd.DataFrame:
     """The chosen answer of each held-out prompt's first pair, cut at the limit that the models' answers have."""
-    limit = read_json(root / "reports/sample_responses/metrics.json")["max_new_tokens"]
     tokenizer = load_tokenizer(root / "models/base")
     pairs = read_table(root / "data/tokenized/pairs_heldout.parquet").drop_duplicates("prompt_id")
     eos = tokenizer.eos_token_id
@@ -121,21 +125,26 @@ def preferred_answers(root: Path) -> pd.DataFrame:
     texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
     table = pd.DataFrame({"prompt_id": pairs["prompt_id"], "response_ids": ids, "text": texts})
     table["ended"] = [each[-1] == eos for each in ids]
-    table[["logp", "base_logp", "entropy"]] = np.nan
+    table[["logp", "entropy"]] = np.nan
     return table.assign(model=CHOSEN, decoding="data", split="heldout")
 
 
 def score(
     root: Path,
     tables: list[pd.DataFrame],
+    temperature: float,
     micro_batch_tokens: MicroBatchTokens,
     device: torch.device,
     precision: str,
 ) -> tuple[list[pd.DataFrame], int]:
-    """The tables with columns score and judge, and the number of tokens read; equal texts are read once."""
-    texts = pd.concat([table[["prompt_id", "response_ids"]] for table in tables], ignore_index=True)
+    """The tables with columns score and judge, and the number of tokens read; equal texts are read once.
+
+    Where a table has the column `read`, base_logp and base_entropy too, what the base makes of the answer.
+    """
+    texts = pd.concat(tables, ignore_index=True)
     keys = pd.Series(zip(texts["prompt_id"], map(tuple, texts["response_ids"]), strict=True))
     codes, different = pd.factorize(keys)
+    read = texts["read"].notna().groupby(codes).any().tolist()
     prompts = {}
     for split in ("heldout", "eval", "judge"):
         columns = read_parquet(root / f"data/tokenized/prompts_{split}.parquet")
@@ -149,14 +158,20 @@ def score(
     reward_model = load_reward_model(root / "models/reward", device)
     judge = load_judge(root / "models/judge")
     dial = memory_dial(micro_batch_tokens, 8192, base, "score_responses")
-    how = {"precision": precision, "progress": "judge and reward model"}
-    both = dial.run(opinions, judge, base, reward_model, asked, said, read_as, **how)
-    of_judge, scores = (values.double().numpy() for values in both)
+    how = {"precision": precision, "progress": "judge, reward model and base"}
+    found = dial.run(opinions, judge, base, reward_model, asked, said, read_as, read, temperature, **how)
 
     scored, start = [], 0
+    names = {
+        "score": found.scores,
+        "judge": found.judge,
+        "base_logp": found.logps,
+        "base_entropy": found.entropies,
+    }
     for table in tables:
         own = codes[start : start + len(table)]
-        scored.append(table.assign(score=scores[own], judge=of_judge[own]))
+        columns = {name: values.double().numpy()[own] for name, values in names.items()}
+        scored.append(table.assign(**{name: columns[name] for name in list(names)[: 4 if "read" in table else 2]}))
         start += len(table)
     return scored, sum(map(len, asked)) + sum(map(len, said))
 

@@ -65,7 +65,8 @@ def root(tokenizer, tmp_path_factory):
         for decoding, split in asked:
             for i in PROMPTS[split]:
                 row = answer(number, i) | {"model": model, "decoding": decoding, "split": split}
-                rows.append(row | {"logp": -9.0 + number, "base_logp": -9.0, "entropy": 1.0})
+                of_own = {"logp": -9.0 + number, "entropy": 1.0} if number else {"logp": None, "entropy": None}
+                rows.append(row | of_own)
     write_parquet(root / "data/answers.parquet", {name: [row[name] for row in rows] for name in rows[0]})
     several = {"best of n": ((1, 3), 17), "opponent": (PROMPTS["judge"], 4)}
     rows = [answer(k, i) | {"use": use} for use, (asked, n) in several.items() for i in asked for k in range(n)]
@@ -84,7 +85,7 @@ def root(tokenizer, tmp_path_factory):
     chosen = [[*ids(text), tokenizer.eos_token_id, *ids("\n")] for text in ["I do", *WORDS[1:], "another"]]
     pairs |= {"prompt_input_ids": [prompts[i] for i in pairs["prompt_id"]], "chosen_input_ids": chosen}
     write_parquet(root / "data/tokenized/pairs_heldout.parquet", pairs | {"rejected_input_ids": chosen})
-    write_json(root / "reports/sample_responses/metrics.json", {"max_new_tokens": LIMIT})
+    write_json(root / "reports/sample_responses/metrics.json", {"max_new_tokens": LIMIT, "temperature": 0.7})
     write_json(root / "reports/train_ppo/metrics.json", PPO)
     path = root / "reports/train_reward/heldout_scores.csv"
     path.parent.mkdir(parents=True)
@@ -127,10 +128,14 @@ def test_scores_are_the_models_own_of_one_text_at_a_time(root, scored, tokenizer
             assert row.score == pytest.approx((reward.score.weight[0] @ hidden).item(), abs=1e-4)
         alone = judge.scores(judge_features(base, [prompt], [ids], judge.layer, 512, "fp32"))
         assert row.judge == pytest.approx(alone.item(), abs=1e-4)
+        with torch.no_grad():
+            logits = base(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 0.7
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum().item()
+        assert row.base_logp == pytest.approx(logp, rel=1e-5)
 
 
 def test_preferred_answers_are_cut_where_the_models_are_and_are_one_a_prompt(root, tokenizer):
-    preferred = stage.preferred_answers(root)
+    preferred = stage.preferred_answers(root, LIMIT)
     assert preferred["prompt_id"].tolist() == [0, 1, 2, 3, 4]
     assert (preferred["response_ids"].map(len) <= LIMIT).all()
     assert preferred["ended"].tolist() == [ids[-1] == tokenizer.eos_token_id for ids in preferred["response_ids"]]
@@ -138,9 +143,20 @@ def test_preferred_answers_are_cut_where_the_models_are_and_are_one_a_prompt(roo
 
 
 def test_what_it_writes(root, scored, capsys):
+    metrics = json.loads(report(root, "metrics.json"))
     card = pd.read_csv(root / "reports/score_responses/scorecard.csv")
     cells = card.set_index(["model", "decoding", "measure"])
-    assert cells.loc[("dpo", "sampled", "kl"), "mean"] == 1 and cells.loc[("ppo", "sampled", "kl"), "mean"] == 2
+    (answers, *_), _ = scored["found"]
+    for model, logp in {"dpo": -8.0, "ppo": -7.0}.items():
+        own = answers[(answers["model"] == model) & (answers["decoding"] == "sampled")]
+        kl = logp - own["base_logp"].mean()
+        assert cells.loc[(model, "sampled", "kl"), "mean"] == pytest.approx(kl, rel=1e-5)
+        assert metrics[model]["kl"] == pytest.approx(kl, rel=1e-5)
+    of_base = answers[answers["model"] == "base"]
+    assert cells.loc[("base", "sampled", "kl"), "mean"] == 0  # its own log-probs are those of the same pass
+    assert cells.loc[("base", "sampled", "entropy"), "mean"] == pytest.approx(
+        of_base.loc[of_base["decoding"] == "sampled", "base_entropy"].mean(), rel=1e-5
+    )
     verdicts = json.loads(report(root, "verdicts.json"))
     assert list(verdicts) == ["dpo", "ppo"]
     words = ("better", "no difference found", "worse", "broken")
@@ -156,9 +172,8 @@ def test_what_it_writes(root, scored, capsys):
     }
     assert points["kl"].tolist()[3:9] == [0, 2, 4, 0, 2, 4]
     assert points.loc[0, ["kl", "win_rate"]].tolist() == [0, 0.5]
-    metrics = json.loads(report(root, "metrics.json"))
     assert metrics["prompts"] == 8 and set(metrics["preferred"]) == {"tokens", "emoji", "ended"}
-    assert metrics["ppo"]["kl"] == 2 and metrics["ppo"]["verdict"] == verdicts["ppo"]["word"]
+    assert metrics["ppo"]["verdict"] == verdicts["ppo"]["word"]
     for name in ("frontier.png", "scores.png"):
         assert report(root, name)[:4] == b"\x89PNG"
     assert scored["facts"]["tokens"] > 0

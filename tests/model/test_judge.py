@@ -1,5 +1,7 @@
 """The judge's read-out against transformers' own hidden states, one text at a time, and its files."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -111,10 +113,16 @@ def test_judge_and_reward_model_say_of_a_text_what_each_says_alone(
     generator = torch.Generator().manual_seed(0)
     judge = Judge(1, 0.1, *(torch.rand(3, 32, generator=generator) + 0.5).unbind())
     read_as = [[12, 13, EOS], [14, EOS], [15, 16, EOS], [EOS], [30, EOS]]
-    how = (micro_batch_tokens, "fp32")
-    of_judge, scores = opinions(judge, base, reward_model, PROMPTS, RESPONSES, read_as, *how)
+    read = [True, False, True, True, False]
+    found = opinions(judge, base, reward_model, PROMPTS, RESPONSES, read_as, read, 0.7, micro_batch_tokens, "fp32")
     alone = judge.scores(whole_means(base, 1))
-    torch.testing.assert_close(of_judge, alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.judge, alone, atol=1e-5, rtol=1e-5)
     texts = [prompt + answer for prompt, answer in zip(PROMPTS, read_as, strict=True)]
     own = [reward_model(torch.tensor([ids])).logits.item() for ids in texts]
-    assert scores.tolist() == pytest.approx(own, abs=1e-6)
+    assert found.scores.tolist() == pytest.approx(own, abs=1e-6)
+    for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        log_probs = (base(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
+        logp = log_probs.gather(1, torch.tensor(response)[:, None]).sum().item() if read[i] else math.nan
+        entropy = -(log_probs.exp() * log_probs).sum(-1).mean().item() if read[i] else math.nan
+        assert found.logps[i].item() == pytest.approx(logp, rel=1e-5, nan_ok=True)
+        assert found.entropies[i].item() == pytest.approx(entropy, rel=1e-5, nan_ok=True)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from stages.lib.data.eos import up_to_eos
 from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.loading import autocast
+from stages.lib.model.logps import TokenLogps
 from stages.lib.model.packing import PackedBatch, packed_groups
 from stages.lib.model.reward import apply_head, backbone_of, same_weights, score_sequences
 from stages.lib.run.artefacts import atomic_path, read_json, write_json
@@ -76,6 +77,22 @@ def judge_features(
     return answer_means(model, prompts, responses, [layer], micro_batch_tokens, precision, progress)[0]
 
 
+@dataclass(frozen=True)
+class Opinions:
+    """What is said of N answers, float32 on the CPU.
+
+    judge:     (N,) scores of the judge
+    scores:    (N,) of the reward model
+    logps:     (N,) summed log-probs under the base, nats; NaN where they were not asked for
+    entropies: (N,) mean entropy of its distributions before their tokens, nats; NaN where logps is
+    """
+
+    judge: Tensor
+    scores: Tensor
+    logps: Tensor
+    entropies: Tensor
+
+
 @torch.no_grad()
 def opinions(
     judge: Judge,
@@ -84,37 +101,50 @@ def opinions(
     prompts: list[list[int]],
     responses: list[list[int]],
     closed_responses: list[list[int]],
+    read: list[bool],
+    temperature: float,
     micro_batch_tokens: int,
     precision: str,
     progress: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """What judge and reward model say of N answers: in one pass where the reward model's backbone is the base.
+) -> Opinions:
+    """What judge, reward model and base say of N answers: in one pass where the reward model's backbone is the base.
 
     Args:
         base: causal language model; reward_model: with its head; on the device where the work shall happen.
-        responses: N lists of token ids, as the judge reads them.
+        responses: N lists of token ids, as the judge and the base read them.
         closed_responses: the same as the reward model reads them: `closed`.
-
-    Returns:
-        (N,) scores of the judge and (N,) of the reward model, float32, on the CPU.
+        read: whose log-probs are wanted, at this temperature.
     """
-    if not same_weights(base.get_decoder(), backbone_of(reward_model)):
-        whole = [prompt + response for prompt, response in zip(prompts, closed_responses, strict=True)]
-        scores = score_sequences(reward_model, whole, micro_batch_tokens, precision, progress)
-        how = (judge.layer, micro_batch_tokens, precision, progress)
-        return judge.scores(judge_features(base, prompts, responses, *how)), torch.tensor(scores)
     count = len(responses)
-    texts = prompts * 2, [_before(base.config.eos_token_id, ids) for ids in responses] + closed_responses
-    means, scores = torch.empty(count, base.config.hidden_size), torch.empty(count)
-    bar = tqdm(total=sum(len(ids) for side in texts for ids in side), desc=progress, unit="tok", unit_scale=True)
+    wanted = [i for i in range(count) if read[i]]
+    base_reads = TokenLogps(base, temperature)
+    one_pass = same_weights(base.get_decoder(), backbone_of(reward_model))
+    # texts of three kinds, of which most are equal or begin alike
+    asked = [*prompts, *(prompts[i] for i in wanted), *(prompts if one_pass else [])]
+    said = [_before(base.config.eos_token_id, ids) for ids in responses] + [responses[i] for i in wanted]
+    said += closed_responses if one_pass else []
+    kinds = torch.tensor([0] * count + [1] * len(wanted) + [2] * (len(said) - count - len(wanted)))
+    owners = torch.tensor([*range(count), *wanted, *range(count)])
+    means = torch.empty(count, base.config.hidden_size)
+    scores, logps, entropies = torch.full((3, count), torch.nan)
+    bar = tqdm(total=sum(map(len, asked)) + sum(map(len, said)), desc=progress, unit="tok", unit_scale=True)
     with use_packed_attention(base), autocast(base.device, precision), bar:
-        for rows, batch in packed_groups(*texts, micro_batch_tokens, base.device, bar):
+        for rows, batch in packed_groups(asked, said, micro_batch_tokens, base.device, bar):
             middle, last = hidden_after(base.get_decoder(), batch, [judge.layer], to_end=True)
-            said = torch.tensor([row < count for row in rows])
-            means[[row for row in rows if row < count]] = _mean_of_completions(middle, batch).cpu()[said]
-            of_rows = apply_head(reward_model, last[batch.last_index]).cpu()
-            scores[[row - count for row in rows if row >= count]] = of_rows[~said]
-    return judge.scores(means), scores
+            judged, likely, scored = (kinds[rows] == kind for kind in range(3))
+            owner = owners[rows]
+            means[owner[judged]] = _mean_of_completions(middle, batch).cpu()[judged]
+            scores[owner[scored]] = apply_head(reward_model, last[batch.last_index]).cpu()[scored]
+            own = likely.to(base.device)[batch.label_sequence]
+            per_token = base_reads.of_hidden(last[batch.completion_index[own]], batch.labels[own])
+            tokens = torch.bincount(batch.label_sequence, minlength=len(rows)).cpu()
+            for values, to, share in ((per_token[0], logps, 1), (per_token[1], entropies, tokens)):
+                sums = values.new_zeros(len(rows)).index_add(0, batch.label_sequence[own], values).cpu() / share
+                to[owner[likely]] = sums[likely]
+    if not one_pass:
+        whole = [prompt + response for prompt, response in zip(prompts, closed_responses, strict=True)]
+        scores = torch.tensor(score_sequences(reward_model, whole, micro_batch_tokens, precision, progress))
+    return Opinions(judge.scores(means), scores, logps, entropies)
 
 
 @torch.no_grad()
