@@ -11,11 +11,14 @@ from pydantic import ValidationError
 
 from stages.build_report import Params, main
 from stages.lib.analysis.stats import Interval
+from stages.lib.analysis.wording import NO_FINDING
 from stages.lib.report.page import Estimate, Forest, Scale, paragraphs, sections_of, spell_seconds
 from stages.lib.report.sections import STAGES
+from stages.lib.run.artefacts import write_json
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
 from tests.support.example_reports import write_example_reports
+from tests.support.without_intervals import CLAIMS, drop_intervals
 
 BASE = Base(seed=42, precision="auto")
 HOSTILE = (
@@ -89,6 +92,18 @@ def test_numbers_stand_beside_their_intervals_and_baselines(root):
     assert "302 pairs over 302 prompts" in text and "4 (duplicate)" in text
     assert "31 min 20 s" in text  # fourteen stages: 14 + 20.5 * 91 = 1,879.5 s
     assert "beta: 0.1" in text and "# implicit-reward temperature" in text
+
+
+def test_without_intervals_no_finding_is_worded(root):
+    drop_intervals(root)
+    (root / "reports/analyze_logps/answer.md").write_text("**DPO.** No finding.")
+    none_found = {"word": NO_FINDING, "reasons": ["the judge prefers its answers in 100 % [2, 100]"]}
+    write_json(root / "reports/score_responses/verdicts.json", {"dpo": none_found, "ppo": none_found})
+    page = build(root)
+    assert not [claim for claim in CLAIMS if claim in page.text.split("All parameters")[0]]
+    assert page.text.count(NO_FINDING) == 5  # two verdicts, memorised by DPO and by PPO, the score gained
+    html = (root / "reports/index.html").read_text(encoding="utf-8")
+    assert "<strong>" not in html.split('id="scorecard"')[1].split("</table>")[0]
 
 
 def test_a_second_judge_stands_beside_the_first_where_one_was_asked(root):

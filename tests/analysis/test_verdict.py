@@ -9,6 +9,7 @@ import pytest
 from stages.lib.analysis.scorecard import preferred_ranges, scorecard
 from stages.lib.analysis.stats import Resampling
 from stages.lib.analysis.verdict import verdict
+from stages.lib.analysis.wording import NO_FINDING
 from stages.lib.data.repetition import words_of
 from tests.conftest import REPO
 
@@ -50,6 +51,14 @@ def test_the_judge_decides_where_nothing_is_broken(plain, at_equal_length, word)
     assert found.word == word
     assert f"{100 * plain[0]:.0f} % [{100 * plain[1]:.0f}, {100 * plain[2]:.0f}]" in found.text
     assert "KL to the base 5.0 nats" in found.text
+
+
+def test_without_intervals_there_is_no_finding():
+    lone = card(FINE | {"rep_4": 0.9, "tokens": 20.0, "score": 4.0}, (1.0, 0.025, 1.0), (0.8, None, None))
+    lone[["change_low", "change_high"]] = None
+    found = verdict(lone, "dpo", RANGES)
+    assert found.word == NO_FINDING
+    assert found.reasons[0].endswith("in 100 % [2, 100], in 80 % at equal length")
 
 
 @pytest.mark.parametrize(

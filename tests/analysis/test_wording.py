@@ -3,7 +3,7 @@
 from stages.lib.analysis.names import RANKER_LABELS
 from stages.lib.analysis.stats import Interval
 from stages.lib.analysis.text_features import RANKERS
-from stages.lib.analysis.wording import ends, estimate, number, percent
+from stages.lib.analysis.wording import NO_DIFFERENCE, NO_FINDING, ends, estimate, finding, number, percent
 
 
 def test_numbers_have_a_real_minus_sign_and_zero_has_none():
@@ -21,6 +21,13 @@ def test_intervals_and_shares():
     assert percent(Interval(0.97, 0.853, 0.994)) == "97 % [85, 99]"
     assert percent(0.5) == percent(Interval(0.5, None, None)) == "50 %"
     assert ends(Interval(0.97, 0.853, 0.994), 0, scale=100) == "[85, 99]" and ends(Interval(1.0, None, None)) == ""
+
+
+def test_a_finding_needs_an_interval_clear_of_nothing():
+    assert finding(Interval(0.3, 0.1, 0.5), 0, "more", "less") == "more"
+    assert finding(Interval(0.3, 0.1, 0.4), 0.5, "more", "less") == "less"
+    assert finding(Interval(0.3, -0.1, 0.5), 0, "more", "less") == NO_DIFFERENCE
+    assert finding(Interval(0.3, None, None), 0, "more", "less") == NO_FINDING
 
 
 def test_every_ranker_has_a_name():

@@ -19,6 +19,7 @@ from tests.conftest import REPO
 from tests.report.test_untrusted_text import HOSTILE, Page
 from tests.support.card_rules import card_errors, metadata_of
 from tests.support.reported_project import FIRST_PROMPT, PPO_ANSWER, make_reports, run_record
+from tests.support.without_intervals import CLAIMS, drop_intervals
 
 KINDS = ("dpo", "reward", "ppo")
 KNOWN = {"HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -378,3 +379,13 @@ def test_run_md_holds_what_differs_from_run_to_run(root):
     assert f"| train_dpo | Some CPU &#64; 2.1GHz, 2 cores | {run_record('train_dpo')['git_revision']} |" in text
     assert "| train_dpo | python 3.11.7, torch 2.13.0 |" in text.replace("&#46;", ".")
     assert "No stage left a run.json" in render_run({})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_intervals_no_finding_is_worded(root, kind):
+    drop_intervals(root)
+    card = render_card(kind, facts_of(root), SHA256).split("# course")[1]
+    verdict_and_rest = card.split("\n\n", 2)[2]
+    assert not [claim for claim in CLAIMS if claim in verdict_and_rest]
+    assert "[" not in section(card, "Results").split("Brackets hold")[1].split("Held-out pairs")[0]
+    assert "**" not in section(card, "Results").split("bold is")[0]

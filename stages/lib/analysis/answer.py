@@ -4,10 +4,9 @@ from collections.abc import Mapping
 
 from stages.lib.analysis.names import RANKER_LABELS
 from stages.lib.analysis.stats import Interval
-from stages.lib.analysis.wording import estimate, percent
+from stages.lib.analysis.wording import NO_FINDING, estimate, finding, percent
 
 Estimates = Mapping[str, Interval]
-NO_DIFFERENCE = "no difference found"
 
 
 def answer(estimates: Mapping[str, Estimates], counts: Mapping[str, int], confidence: float) -> str:
@@ -38,12 +37,12 @@ def answer(estimates: Mapping[str, Estimates], counts: Mapping[str, int], confid
 def _memorising(base: Estimates, model: Estimates) -> str:
     change, did = model["change_train_chosen"], model["did"]
     auc, auc_change = model["auc_heldout"], model["auc_change"]
-    moved = _verdict(change, 0, "more likely than under the base", "less likely than under the base")
-    memorised = _verdict(
+    moved = finding(change, 0, "more likely than under the base", "less likely than under the base")
+    memorised = finding(
         did, 0, "training raised its own texts above others like them", "training's own texts gained less"
     )
-    told = _verdict(auc, 0.5, "training texts are the likelier ones", "training texts are the less likely ones")
-    told_by_change = _verdict(auc_change, 0.5, "training texts gained more", "training texts gained less")
+    told = finding(auc, 0.5, "training texts are the likelier ones", "training texts are the less likely ones")
+    told_by_change = finding(auc_change, 0.5, "training texts gained more", "training texts gained less")
     return (
         f"Training's chosen answers: {moved} ({estimate(change, 3, signed=True)}). Held-out chosen answers changed by "
         f"{estimate(model['change_heldout_chosen'], 3, signed=True)} and unseen texts by "
@@ -67,13 +66,15 @@ def _displacement(dpo: Estimates) -> str:
 def _rankings(dpo: Estimates, reward_model: Estimates, rankers: Estimates, pairs: int) -> str:
     name, best = max(rankers.items(), key=lambda item: item[1].mean)
     accuracies = dpo["rewards/accuracies"], reward_model["accuracy"]
-    if best.mean >= max(interval.mean for interval in accuracies):
+    if not all(interval.has_ends for interval in (best, *accuracies)):
+        lesson = NO_FINDING
+    elif best.mean >= max(interval.mean for interval in accuracies):
         lesson = "at least as good, so these accuracies do not show that more than style was learnt"
-    elif best.high is None or best.high >= min(interval.mean for interval in accuracies):
+    elif best.high >= min(interval.mean for interval in accuracies):
         lesson = "so close that these accuracies hardly show that more than style was learnt"
     else:
         lesson = "clearly less"
-    lengths = _verdict(dpo["length_correlation"], 0, "longer answers score higher", "longer answers score lower")
+    lengths = finding(dpo["length_correlation"], 0, "longer answers score higher", "longer answers score lower")
     return (
         f"Of {pairs} held-out pairs DPO's implicit reward ranks {percent(accuracies[0])} right and the reward "
         f"model {percent(accuracies[1])}. The best single feature, {RANKER_LABELS[name]}, reaches "
@@ -81,9 +82,3 @@ def _rankings(dpo: Estimates, reward_model: Estimates, rankers: Estimates, pairs
         f"{percent(dpo['score_agreement'])} of the pairs alike. The implicit reward's rank correlation with "
         f"length is {estimate(dpo['length_correlation'], 2, signed=True)}: {lengths}."
     )
-
-
-def _verdict(interval: Interval, nothing: float, above: str, below: str) -> str:
-    if interval.covers(nothing):
-        return NO_DIFFERENCE
-    return above if interval.mean > nothing else below

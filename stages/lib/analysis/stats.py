@@ -27,6 +27,11 @@ class Interval:
     low: float | None
     high: float | None
 
+    @property
+    def has_ends(self) -> bool:
+        """Whether anything can be concluded from it: an estimate without ends is a number, no finding."""
+        return self.low is not None and self.high is not None
+
     def covers(self, value: float = 0.0) -> bool:
         """Whether `value` cannot be excluded."""
         return self.low is None or self.high is None or self.low <= value <= self.high

@@ -8,7 +8,8 @@ Broken, if any of these holds:
    of 0;
 4. overoptimised: the reward model's score is up and the judge's win rate down, intervals clear of 0 and 1/2.
 Else better, if the judge's win rate over the base has its interval above 1/2, as it is and at equal length; worse,
-if both lie below; no difference found otherwise.
+if both lie below; no difference found otherwise. Where one prompt allows no interval at equal length, the word is that
+there is none, and no finding.
 
 Rule 3 compares with the base because the base itself may lie outside: a model that is no further out is not broken
 by training. Rules 2 to 4 look at sampled answers.
@@ -21,9 +22,9 @@ from typing import cast
 import pandas as pd
 
 from stages.lib.analysis.stats import Interval
-from stages.lib.analysis.wording import number, percent
+from stages.lib.analysis.wording import NO_DIFFERENCE, NO_FINDING, number, percent
 
-BETTER, NO_DIFFERENCE, WORSE, BROKEN = "better", "no difference found", "worse", "broken"
+BETTER, WORSE, BROKEN = "better", "worse", "broken"
 MAX_REP_4_GAIN = 0.15
 COLLAPSED = 1 / 3  # of the base's
 SLACK = 1 / 4  # of the middle of the preferred answers' range
@@ -83,7 +84,9 @@ def verdict(scorecard: pd.DataFrame, model: str, ranges: Mapping[str, tuple[floa
     ]
     if found := [fault for fault in faults if fault]:
         return Verdict(BROKEN, found)
-    if _above(plain, 0.5) and _above(at_equal_length, 0.5):
+    if not (plain.has_ends and at_equal_length.has_ends):
+        word = NO_FINDING
+    elif _above(plain, 0.5) and _above(at_equal_length, 0.5):
         word = BETTER
     elif _below(plain, 0.5) and _below(at_equal_length, 0.5):
         word = WORSE

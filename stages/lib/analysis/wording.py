@@ -21,6 +21,19 @@ CAPTIONS = {  # picture -> what to look for
 }
 
 
+NO_DIFFERENCE = "no difference found"
+NO_FINDING = "no finding, for there is no interval"  # one prompt allows none, nor does a constant
+
+
+def finding(interval: Interval, nothing: float, above: str, below: str) -> str:
+    """What an interval allows to say: on which side of `nothing` it lies, if on one."""
+    if not interval.has_ends:
+        return NO_FINDING
+    if interval.covers(nothing):
+        return NO_DIFFERENCE
+    return above if interval.mean > nothing else below
+
+
 def number(value: float, digits: int | None = 2, signed: bool = False) -> str:
     """'−1,234.50' with a real minus sign; `digits` after the point, or as many as it needs; 0 has no sign."""
     text = f"{abs(value):,.{digits}f}" if digits is not None else f"{abs(value):,g}"

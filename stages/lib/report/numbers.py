@@ -2,7 +2,7 @@
 
 from stages.lib.analysis.names import MODELS, RANKER_LABELS
 from stages.lib.analysis.stats import Interval
-from stages.lib.analysis.wording import ends, number
+from stages.lib.analysis.wording import ends, finding, number
 from stages.lib.report.files import ReportFiles
 from stages.lib.report.page import Estimate, Forest, Scale, Tile, percentages
 from stages.lib.run.errors import UserError
@@ -33,15 +33,15 @@ def tiles(files: ReportFiles) -> list[Tile]:
             "Memorised by DPO (nats per token)",
             number(did.mean, 3, signed=True),
             CHANGE.ends(did),
-            f"Gain of training texts less that of held-out ones: {verdict(did, more, less)}. "
-            f"PPO: {CHANGE.show(ppo_did)}, {verdict(ppo_did, more, less)}.",
+            f"Gain of training texts less that of held-out ones: {finding(did, 0, more, less)}. "
+            f"PPO: {CHANGE.show(ppo_did)}, {finding(ppo_did, 0, more, less)}.",
         ),
         Tile(
             "Score gained by PPO",
             number(gain.mean, signed=True),
             SCORE_CHANGE.ends(gain),
             f"From the base's {number(before)} to {number(after)}, at a KL of {number(kl.mean)} nats per answer: "
-            f"{verdict(gain, 'answers score higher', 'answers score lower')}.",
+            f"{finding(gain, 0, 'answers score higher', 'answers score lower')}.",
         ),
     ]
 
@@ -144,9 +144,3 @@ def scored(files: ReportFiles, model: str, measure: str, change: bool = False) -
         where = "reports/score_responses/scorecard.csv"
         raise UserError(f"{where}: no {measure} of {model}; run `dvc repro -f score_responses`")
     return found
-
-
-def verdict(difference: Interval, above: str, below: str) -> str:
-    if difference.covers(0):
-        return "no difference found"
-    return above if difference.mean > 0 else below
