@@ -57,6 +57,7 @@ class Params(Section):
     heldout_split: str | None  # of hub_id, whole in place of holdout_fraction; null: none
     path: str  # a file or a folder; columns prompt, chosen, rejected
     files: str = Field(min_length=1)  # which names of a folder
+    heldout_files: str | None = Field(min_length=1)  # which of them, whole in place of holdout_fraction; null: none
     columns: dict[str, str]  # our names to the data's
     unseen_hub_id: str | None  # null: take `unseen_path`
     unseen_revision: str
@@ -78,7 +79,9 @@ class Params(Section):
                 if ours not in known:
                     raise ValueError(f"{name}: {ours!r} is no column of ours; ours are {', '.join(known)}")
         if self.heldout_split is not None and self.hub_id is None:
-            raise ValueError("heldout_split needs hub_id: a file has no splits")
+            raise ValueError("heldout_split needs hub_id; of a folder of files, set heldout_files")
+        if self.heldout_files is not None and self.hub_id is not None:
+            raise ValueError("heldout_files is of a folder of files; of a data set on the Hub, set heldout_split")
         return self
 
     @model_validator(mode="after")
@@ -95,13 +98,13 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         where = params.hub_id, params.revision, params.config, params.split
         source = from_hub(*where, heldout_split=params.heldout_split)
     else:
-        source = from_path(root / params.path, params.files)
+        source = from_path(root / params.path, params.files, params.heldout_files)
     source = source.renamed(params.columns, "columns")
     pairs = without_duplicates(collect(source, check_pair, params.on_bad_row))
     pairs = without_contradictions(pairs, params.on_bad_row, source.where)
     pairs = draw_pairs(pairs, params.max_pairs, base.seed)
-    if params.heldout_split is not None:
-        pairs, heldout = split_as_given(pairs, source.parts[1].offset)
+    if params.heldout_split is not None or params.heldout_files is not None:
+        pairs, heldout = split_as_given(pairs, source.heldout_from)
         prompt_ids = number_prompts(pairs.rows)
         num_prompts = len(set(prompt_ids.values()))
         heldout = {prompt_ids[row] for row in heldout}

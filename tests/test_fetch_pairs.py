@@ -113,6 +113,26 @@ def test_the_heldout_split_does_not_depend_on_the_judges(tmp_path):
     assert list(map(len, judges)) == [6, 18, 36] and judges[0] < judges[1] < judges[2]
 
 
+def test_files_to_hold_out_are_held_out_whole(tmp_path):
+    root = root_with(tmp_path, [])
+    (root / "pairs").mkdir()
+    for name, numbers in (("train-0", range(20)), ("train-1", range(20, 30)), ("test-0", range(27, 34))):
+        lines = "".join(json.dumps(pair(f"p{i}", f"c {name} {i}")) + "\n" for i in numbers)
+        (root / f"pairs/{name}.jsonl").write_text(lines)
+    with pytest.raises(UserError, match=r"several splits \(test, train\); .*'\*train\*', and heldout_files"):
+        main(BASE, settings_of(path="pairs"), root)
+    main(BASE, settings_of(path="pairs", heldout_files="test-*"), root)
+    tables, metrics = outputs(root)
+    assert tables["heldout"]["prompt"] == [f"p{i}" for i in range(27, 34)]
+    assert metrics["read"] == 37 and metrics["kept"] == 34
+    assert metrics["dropped"] == {"prompt_of_heldout_split": 3}  # p27 to p29, also in train-1
+    assert metrics["judge_prompts"] == 7 and metrics["train_prompts"] == 20  # a fifth of 34
+    with pytest.raises(ValidationError, match="heldout_files is of a folder of files"):
+        settings_of(hub_id="a/b", heldout_files="test-*")
+    with pytest.raises(ValidationError, match="of a folder of files, set heldout_files"):
+        settings_of(heldout_split="test")
+
+
 def test_prompts_to_measure_on_are_of_no_pair_and_counted(tmp_path):
     more = [
         {"prompt": "P3!"},

@@ -247,7 +247,23 @@ def test_a_folder_is_read_in_the_order_of_names_and_errors_name_the_file(tmp_pat
     assert places == ["a.jsonl.gz:1", "a.jsonl.gz:2", "b.jsonl:1", "b.jsonl:3", "c.jsonl, row 1"]
     assert source.origin["files"] == 3 and "README.md" in capsys.readouterr().out
     assert [row["prompt"] for _, row in from_path(tmp_path, "b*").rows] == [3, 4]
-    assert [row["prompt"] for _, row in read(tmp_path / "[ab].*")] == [1, 2, 3, 4]
+    assert [row["prompt"] for _, row in from_path(tmp_path, "[ab].*").rows] == [1, 2, 3, 4]
+    with pytest.raises(UserError, match="a pattern, and DVC follows .* the pattern as fetch_pairs.files"):
+        read(tmp_path / "[ab].*")
+
+
+def test_files_to_hold_out_come_last_and_are_known(tmp_path):
+    for name, prompts in (("a-train", (1, 2)), ("b-test", (3, 4)), ("c-train", (5,))):
+        write(tmp_path, f"{name}.jsonl", as_lines([{"prompt": i} for i in prompts]))
+    source = from_path(tmp_path, "*", "*test*")
+    rows = list(source.rows)
+    assert [row["prompt"] for _, row in rows] == [1, 2, 5, 3, 4]
+    assert [row["prompt"] for number, row in rows if number > source.heldout_from] == [3, 4]
+    assert source.where(rows[-1][0]) == f"{tmp_path}/b-test.jsonl:2" and source.origin["files"] == 3
+    with pytest.raises(UserError, match="no file '\\*valid\\*' in a format"):
+        from_path(tmp_path, "*", "*valid*")
+    with pytest.raises(UserError, match="a-train.jsonl: is one file, and fetch_pairs.heldout_files needs a folder"):
+        from_path(tmp_path / "a-train.jsonl", "*", "*test*")
 
 
 @pytest.mark.parametrize(
@@ -266,7 +282,10 @@ def test_folders_that_are_no_shards_are_refused(tmp_path, files, words):
     for name, content in files.items():
         write(tmp_path, name, content)
     with pytest.raises(UserError, match=words):
+        list(from_path(tmp_path, "*").rows)
+    with pytest.raises(UserError) as caught:  # of a source that has no such parameter
         read(tmp_path)
+    assert "fetch_pairs.files" not in str(caught.value)
 
 
 def test_renamed_columns(tmp_path):

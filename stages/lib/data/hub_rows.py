@@ -51,7 +51,8 @@ def from_hub(
             digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     parts, offset = [], 0
     for name in names:
-        parts.append(Part(offset, hub_id if len(names) == 1 else f"{hub_id}, split {name}", ", row "))
+        place = hub_id if len(names) == 1 else f"{hub_id}, split {name}"
+        parts.append(Part(offset, place, ", row ", heldout=name != first))
         offset += len(splits[name])
     origin = {"source": hub_id, "revision": commit, "license": card_license(hub_id, commit, "dataset")}
     if config is not None:

@@ -13,7 +13,7 @@ import lzma
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -58,6 +58,7 @@ class Part(NamedTuple):
     offset: int  # what the numbers of its rows are ahead of its own
     name: str
     separator: str  # between name and number: file.jsonl:17, but file.parquet, row 17
+    heldout: bool = False  # of those to hold out whole
 
 
 @dataclass(frozen=True)
@@ -77,32 +78,53 @@ class Source:
                 return f"{part.name}{part.separator}{number - part.offset}"
         return f"{self.name}{self.separator}{number}"
 
+    @property
+    def heldout_from(self) -> int:
+        """The number above which rows are those to hold out whole. Known once all are read."""
+        return min(part.offset for part in self.parts if part.heldout)
+
     def renamed(self, columns: dict[str, str], columns_key: str) -> "Source":
         """The same rows with columns under our names: `columns` maps ours to the data's."""
         rows = _renamed(self.rows, columns, f"{self.name}: fetch_pairs.{columns_key}")
         return Source(self.name, self.separator, rows, self.origin, self.parts, columns_key)
 
 
-def from_path(path: Path, files: str = "*") -> Source:
+def from_path(path: Path, files: str | None = None, heldout_files: str | None = None) -> Source:
     """A file, or all files of a folder whose names match `files`, in the order of their names.
 
     Row numbers count from 1: lines in jsonl and csv (where a row starts), elements or rows elsewhere; in further
     files they go on where the one before ended, and `where` says file and place.
+
+    Args:
+        files: a pattern; None where no parameter has one: all.
+        heldout_files: a pattern of those to hold out whole, which come last; None: none.
 
     Raises:
         UserError: missing, of no known format, or unreadable; while iterating, where the damage is in the
             file rather than in one row (a truncated archive, an open quote).
     """
     if path.is_dir():
-        return _from_folder(path, files)
-    if not path.exists() and set("*?[") & set(path.name) and path.parent.is_dir():
-        return _from_folder(path.parent, path.name)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file{_similar(path)}; the path is relative to the root of the project")
+        return _from_folder(path, files, heldout_files)
+    if problem := path_problem(path):
+        raise UserError(f"{path}: {problem}")
+    if heldout_files is not None:
+        raise UserError(f"{path}: is one file, and fetch_pairs.heldout_files needs a folder of files")
     _format_of(path)
     parts: list[Part] = []
     origin = {"source": path.name, "revision": None, "license": None, "sha256": sha256_of_file(path)}
     return Source(str(path), ":", _rows_of([path], parts), origin, parts)
+
+
+def path_problem(path: Path) -> str | None:
+    """Why there is neither file nor folder at a path from params.yaml, with a remedy; None where there is one."""
+    if path.exists():
+        return None
+    if set("*?[") & set(path.name) and path.parent.is_dir():
+        return (
+            "is a pattern, and DVC follows files and folders; give the folder alone, and the pattern as "
+            "fetch_pairs.files"
+        )
+    return f"no such file{_similar(path)}; the path is relative to the root of the project"
 
 
 def json_rows(file: IO[bytes], path: Path) -> tuple[str, Numbered]:
@@ -159,36 +181,49 @@ PACKINGS: dict[str, tuple[str, Callable[[Path], IO[bytes]]]] = {
 }
 
 
-def _from_folder(folder: Path, pattern: str) -> Source:
+def _from_folder(folder: Path, pattern: str | None, heldout_pattern: str | None) -> Source:
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-    shards = [name for name in matching if _kind_of(Path(name))]
+    heldout = _shards(folder, names, heldout_pattern) if heldout_pattern is not None else []
+    names = [name for name in names if name not in heldout]
+    shards = _shards(folder, names, pattern or "*")
+    choose = "let fetch_pairs.files say which to read" if pattern else "keep them in a folder each, or name one"
+    if len(kinds := {_kind_of(Path(name)): name for name in shards}) > 1:
+        few = " and ".join(sorted(kinds.values())[:2])
+        raise UserError(f"{folder}: holds {few}; {choose}{', such as *.jsonl' if pattern else ''}")
+    if len(splits := sorted({found[1].lower() for name in shards if (found := SPLIT_NAMES.search(name))})) > 1:
+        such = f", such as '*{splits[-1]}*', and heldout_files which to hold out" if pattern else ""
+        raise UserError(f"{folder}: its files are of several splits ({', '.join(splits)}); {choose}{such}")
+    others = [name for name in names if name not in shards and fnmatch.fnmatchcase(name, pattern or "*")]
+    if others:
+        print(f"ignored files of {folder}: {', '.join(others[:10])}")
+    digest = hashlib.sha256()
+    for name in shards + heldout:
+        digest.update(f"{name} {sha256_of_file(folder / name)}\n".encode())
+    origin: dict[str, Any] = {"source": f"{folder.name}/{pattern or '*'}", "revision": None, "license": None}
+    origin |= {"sha256": digest.hexdigest(), "files": len(shards + heldout)}
+    parts: list[Part] = []
+    rows = _rows_of([folder / name for name in shards + heldout], parts, set(heldout))
+    return Source(str(folder), ", row ", rows, origin, parts)
+
+
+def _shards(folder: Path, names: list[str], pattern: str) -> list[str]:
+    """The names that match and have a format read here.
+
+    Raises:
+        UserError: there are none.
+    """
+    shards = [name for name in names if fnmatch.fnmatchcase(name, pattern) and _kind_of(Path(name))]
     if not shards:
         found = ", ".join(names[:10]) or "nothing"
         raise UserError(f"{folder}: no file {pattern!r} in a format read here ({FORMATS}); found: {found}")
-    if len(kinds := {_kind_of(Path(name)): name for name in shards}) > 1:
-        few = " and ".join(sorted(kinds.values())[:2])
-        raise UserError(f"{folder}: holds {few}; let fetch_pairs.files say which to read, such as '*.jsonl'")
-    if len(splits := sorted({found[1].lower() for name in shards if (found := SPLIT_NAMES.search(name))})) > 1:
-        raise UserError(
-            f"{folder}: its files are of several splits ({', '.join(splits)}); "
-            f"let fetch_pairs.files say which to read, such as '*{splits[-1]}*'"
-        )
-    if others := [name for name in matching if name not in shards]:
-        print(f"ignored files of {folder}: {', '.join(others[:10])}")
-    digest = hashlib.sha256()
-    for name in shards:
-        digest.update(f"{name} {sha256_of_file(folder / name)}\n".encode())
-    origin = {"source": f"{folder.name}/{pattern}", "revision": None, "license": None}
-    parts: list[Part] = []
-    rows = _rows_of([folder / name for name in shards], parts)
-    return Source(
-        str(folder), ", row ", rows, origin | {"sha256": digest.hexdigest(), "files": len(shards)}, parts
-    )
+    return shards
 
 
-def _rows_of(paths: list[Path], parts: list[Part]) -> Numbered:
+def _rows_of(paths: list[Path], parts: list[Part], heldout: Set[str] = frozenset()) -> Numbered:
     """The rows of all files; each is noted in `parts` when it is begun.
+
+    Args:
+        heldout: names of the files to hold out whole.
 
     Raises:
         UserError: a file lacks a column of texts that the first one has.
@@ -196,7 +231,7 @@ def _rows_of(paths: list[Path], parts: list[Part]) -> Numbered:
     offset, columns = 0, None
     for path in paths:
         number = offset
-        for i, (own, row) in enumerate(_file_rows(path, parts, offset)):
+        for i, (own, row) in enumerate(_file_rows(path, parts, offset, path.name in heldout)):
             number = offset + own
             if i == 0 and isinstance(row, dict):
                 if columns and (missing := sorted(columns - row.keys())):
@@ -209,17 +244,17 @@ def _rows_of(paths: list[Path], parts: list[Part]) -> Numbered:
         offset = number
 
 
-def _file_rows(path: Path, parts: list[Part], offset: int) -> Numbered:
+def _file_rows(path: Path, parts: list[Part], offset: int, heldout: bool) -> Numbered:
     suffix, packing = _format_of(path)
     if suffix == ".parquet":
-        parts.append(Part(offset, str(path), ", row "))
+        parts.append(Part(offset, str(path), ", row ", heldout))
         yield from parquet_rows(path)
         return
     kind, opener = PACKINGS[packing] if packing else ("", lambda path: open(path, "rb"))
     try:
         with opener(path) as file:
             separator, rows = READERS[suffix](_as_utf8(file, path), path)
-            parts.append(Part(offset, str(path), separator))
+            parts.append(Part(offset, str(path), separator, heldout))
             yield from rows
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         if not packing:
