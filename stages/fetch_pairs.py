@@ -57,7 +57,7 @@ class Params(Section):
     heldout_split: str | None  # of hub_id, whole in place of holdout_fraction; null: none
     path: str  # a file or a folder; columns prompt, chosen, rejected
     files: str = Field(min_length=1)  # which names of a folder
-    heldout_files: str | None = Field(min_length=1)  # which of them, whole in place of holdout_fraction; null: none
+    heldout_files: str | None = Field(min_length=1)  # which to hold out whole
     columns: dict[str, str]  # our names to the data's
     unseen_hub_id: str | None  # null: take `unseen_path`
     unseen_revision: str

@@ -262,7 +262,7 @@ def test_files_to_hold_out_come_last_and_are_known(tmp_path):
     assert source.where(rows[-1][0]) == f"{tmp_path}/b-test.jsonl:2" and source.origin["files"] == 3
     with pytest.raises(UserError, match="no file '\\*valid\\*' in a format"):
         from_path(tmp_path, "*", "*valid*")
-    with pytest.raises(UserError, match="a-train.jsonl: is one file, and fetch_pairs.heldout_files needs a folder"):
+    with pytest.raises(UserError, match="a-train.jsonl: is one file, and fetch_pairs.heldout_files"):
         from_path(tmp_path / "a-train.jsonl", "*", "*test*")
 
 

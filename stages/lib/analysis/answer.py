@@ -66,7 +66,7 @@ def _displacement(dpo: Estimates) -> str:
 def _rankings(dpo: Estimates, reward_model: Estimates, rankers: Estimates, pairs: int) -> str:
     name, best = max(rankers.items(), key=lambda item: item[1].mean)
     accuracies = dpo["rewards/accuracies"], reward_model["accuracy"]
-    if not all(interval.has_ends for interval in (best, *accuracies)):
+    if best.high is None or not all(interval.has_ends for interval in accuracies):
         lesson = NO_FINDING
     elif best.mean >= max(interval.mean for interval in accuracies):
         lesson = "at least as good, so these accuracies do not show that more than style was learnt"
