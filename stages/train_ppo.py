@@ -105,7 +105,7 @@ class Params(Section):
             raise ValueError("batch_size must be a multiple of answers_per_prompt")
         if self.advantages == "rloo" and self.answers_per_prompt < 2:
             raise ValueError("advantages: rloo needs answers_per_prompt of at least 2")
-        if self.num_updates <= self.value_warmup_updates:
+        if self.advantages == "gae" and self.num_updates <= self.value_warmup_updates:
             raise ValueError("value_warmup_updates leave no update to the policy")
         return self
 
@@ -274,7 +274,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
                 mini_batches = mini_batches_of_update(params, base.seed, update)
                 steps = []
                 with phases("policy update"):
-                    if update > params.value_warmup_updates:
+                    if critic is None or update > params.value_warmup_updates:
                         steps = update_policy(
                             accelerator, wrapped, optimizer, rollout, advantages, mini_batches, params, dial
                         )

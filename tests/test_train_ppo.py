@@ -325,6 +325,10 @@ def test_value_warm_up_leaves_the_policy_alone(root):
         assert abs(rows[1]["objective/kl"]) < 1e-5
 
 
+def test_without_a_critic_there_is_nothing_to_warm_up(root):
+    assert run(root, RLOO.replace(value_warmup_updates=9)) == run(root, RLOO)
+
+
 def test_target_kl_ends_an_update(root):
     # the first pass has approxkl 0, the second more than nothing: one step each, and the value model goes on
     params = SEPARATE.replace(num_mini_batches=1, num_ppo_epochs=4)
