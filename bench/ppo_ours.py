@@ -73,7 +73,7 @@ def watch_models() -> dict[str, PrecisionWatch]:
 
         return call
 
-    train_ppo.load_causal_lm = watched(train_ppo.load_causal_lm, ["policy", "reference"])
+    train_ppo.loading.load_causal_lm = watched(train_ppo.loading.load_causal_lm, ["policy", "reference"])
     train_ppo.load_reward_model = watched(train_ppo.load_reward_model, ["reward", "value"])
 
     class WatchedActor(train_ppo.Actor):

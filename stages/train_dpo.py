@@ -44,7 +44,7 @@ from stages.lib.model.packing import micro_batches_of_process, pack, shares_pref
 from stages.lib.rl.dpo import dpo_losses, implicit_rewards, ipo_losses, sft_losses
 from stages.lib.rl.looks import Course, babbles, habits
 from stages.lib.rl.rollout import Actor
-from stages.lib.rl.steps import learning_rate_schedule
+from stages.lib.rl.schedule import learning_rate_schedule
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.checkpoints import Checkpoints
 from stages.lib.run.draws import draw

@@ -20,26 +20,18 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.optimizer import AcceleratedOptimizer
 from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
-from stages.lib.model.attention import use_packed_attention
-from stages.lib.model.loading import (
-    load_causal_lm,
-    load_tokenizer,
-    make_accelerator,
-    pick_device,
-    pick_precision,
-    save_model,
-    set_seed,
-)
+from stages.lib.model import loading
 from stages.lib.model.logps import TokenLogps
 from stages.lib.model.memory import MemoryDial, max_dial, memory_dial
 from stages.lib.model.reward import load_reward_model
 from stages.lib.rl.advantages import explained_variance, gae, leave_one_out, whiten
-from stages.lib.rl.critics import Critic, FrozenCritic, SeparateCritic
+from stages.lib.rl.critics import Critic, FrozenCritic, SeparateCritic, ValueHead
+from stages.lib.rl.frozen_side import FrozenSide
+from stages.lib.rl.learner import Collapse, Learner
 from stages.lib.rl.looks import Course, babbles, habits
 from stages.lib.rl.losses import policy_losses
 from stages.lib.rl.rewards import (
@@ -50,8 +42,7 @@ from stages.lib.rl.rewards import (
     token_kl,
     token_rewards,
 )
-from stages.lib.rl.rollout import Actor, FrozenSide, Rollout
-from stages.lib.rl.steps import Collapse, learning_rate_schedule, optimizer_step
+from stages.lib.rl.rollout import Actor, Rollout
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.checkpoints import Checkpoints
 from stages.lib.run.draws import draw, shuffled
@@ -138,15 +129,15 @@ def mini_batches_of_update(params: Params, seed: int, update: int) -> list[list[
 
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
-    device = pick_device()
-    precision = pick_precision(base.precision, device)
-    accelerator = make_accelerator(device, precision)
+    device = loading.pick_device()
+    precision = loading.pick_precision(base.precision, device)
+    accelerator = loading.make_accelerator(device, precision)
     if accelerator.distributed_type == DistributedType.FSDP:
         raise UserError(
             "PPO samples from the whole policy in every process: LAUNCH it with torchrun, not with FSDP"
         )
-    set_seed(base.seed)
-    tokenizer = load_tokenizer(root / "models/reward")
+    loading.set_seed(base.seed)
+    tokenizer = loading.load_tokenizer(root / "models/reward")
     train = read_parquet(root / "data/tokenized/prompts_train.parquet")["input_ids"]
     looked = read_parquet(root / "data/tokenized/prompts_judge.parquet")
     chosen = draw(len(looked["prompt_id"]), params.look_prompts, base.seed, "look_prompts")
@@ -154,9 +145,9 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
 
     # the policy, and the frozen side: its start as the reference, and the reward model
     start = root / "models" / params.policy
-    policy = TokenLogps(load_causal_lm(start, accelerator.device), params.temperature)
+    policy = TokenLogps(loading.load_causal_lm(start, accelerator.device), params.temperature)
     frozen = FrozenSide(
-        load_causal_lm(start, accelerator.device),
+        loading.load_causal_lm(start, accelerator.device),
         load_reward_model(root / "models/reward", accelerator.device),
         params.temperature,
         tokenizer,
@@ -164,11 +155,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         memory_dial(max_dial(params.micro_batch_tokens), 4096, policy.model, "train_ppo"),
     )
     dial = memory_dial(params.micro_batch_tokens, 2048, policy.model, "train_ppo", training=True)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=params.learning_rate, weight_decay=0.0, fused=True)
-    wrapped, optimizer = accelerator.prepare(policy, optimizer)
-    scheduler = learning_rate_schedule(
-        params.schedule, optimizer.optimizer, params.warmup_updates, params.num_updates
-    )
+    schedule = params.schedule, params.warmup_updates, params.num_updates
+    learner = Learner(policy, accelerator, dial, params.learning_rate, schedule, params.max_grad_norm)
     actor = Actor(policy, tokenizer, accelerator, precision, params.response_length, frozen.dial)
     phases = Phases(accelerator.device)
 
@@ -176,10 +164,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         """Mean and spread of the start's own scores (arXiv:1909.08593, section 2.1): the unit of what follows."""
         if not params.score_norm_episodes:
             return 0.0, 1.0
-        prompts = [
-            train[i] for i in draw(len(train), params.score_norm_episodes, base.seed, "score_norm_episodes")
-        ]
-        rollout = frozen.judge(actor.roll_out(prompts, base.seed + 1))[0].gathered(accelerator)
+        drawn = draw(len(train), params.score_norm_episodes, base.seed, "score_norm_episodes")
+        rollout = frozen.judge(actor.roll_out([train[i] for i in drawn], base.seed + 1))[0].gathered(accelerator)
         return score_scale(rollout.raw_scores)
 
     def scores_of(rollout: Rollout) -> Tensor:
@@ -195,42 +181,28 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         objective = scores_of(rollout).mean().item() - state["kl_coef"] * kl
         if not math.isfinite(objective):
             raise Collapse(f"the objective is {objective}")
-        best = max((row["objective"] for row in state["evaluations"] if row["kept"]), default=-math.inf)
-        kept = objective > best and kl <= params.max_kl
+        kept = objective > state["best"]["objective"] and kl <= params.max_kl
         how = habits(rollout.responses, tokenizer)
-        state["evaluations"].append(
-            {
-                "update": update,
-                "episode": update * params.batch_size,
-                "objective": objective,
-                "score": rollout.raw_scores.mean().item(),
-                "kl": kl,
-                "entropy": rollout.entropies.mean().item(),
-                **how,
-                "kept": kept,
-            }
-        )
+        row = {"update": update, "episode": update * params.batch_size, "objective": objective}
+        row |= {"score": rollout.raw_scores.mean().item(), "kl": kl, "entropy": rollout.entropies.mean().item()}
+        state["evaluations"].append(row | how | {"kept": kept})
         course.add(update, update * params.batch_size, rollout)
-        if kept and update:  # the start itself need not be copied
-            state["best"] = {name: p.detach().to("cpu", copy=True) for name, p in policy.model.named_parameters()}
+        if kept:  # the start itself need not be copied
+            now = policy.model.named_parameters() if update else ()
+            weights = {name: weight.detach().to("cpu", copy=True) for name, weight in now}
+            state["best"] = {"update": update, "objective": objective, "weights": weights}
         if (warning := babbles(how, state["evaluations"][0])) and accelerator.is_main_process:
             tqdm.write(f"train_ppo: warning: update {update}: the policy {warning}")
 
     with Checkpoints("train_ppo", root, base, params) as checkpoints, tracked("train_ppo", params) as log:
         critic = make_critic(root, params, accelerator, precision, dial)
-        saved = checkpoints.load(
-            policy=policy.model,
-            critic=critic,
-            optimizer=optimizer.optimizer,
-            scheduler=scheduler,
-            scaler=accelerator.scaler,
-        )
+        saved = checkpoints.load(policy=learner, critic=critic, scaler=accelerator.scaler)
         state: dict[str, Any] = saved.get("state") or {
             "score_scale": fit_score_scale(),
             "kl_coef": params.kl_coef,
             "history": [],
             "evaluations": [],
-            "best": {},
+            "best": {"update": 0, "objective": -math.inf, "weights": {}},
             "course": {},
             "tokens": 0,
         }
@@ -275,11 +247,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
                 steps = []
                 with phases("policy update"):
                     if critic is None or update > params.value_warmup_updates:
-                        steps = update_policy(
-                            accelerator, wrapped, optimizer, rollout, advantages, mini_batches, params, dial
-                        )
-                learning_rate = scheduler.get_last_lr()[0]
-                scheduler.step()
+                        steps = update_policy(learner, rollout, advantages, mini_batches, params)
+                learning_rate = learner.end_update()
                 with phases("critic"):
                     learned = critic.learn(rollout, returns, own, features, mini_batches) if critic else {}
                 # 6. What happened
@@ -301,20 +270,17 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
             collapsed = f"update {update} of {params.num_updates}: {collapse}"
         if not any(row["policy/steps"] for row in history) and any(row["policy/skipped"] for row in history):
             collapsed = collapsed or "the gradient of every step overflowed fp16; set base.precision=fp32"
-        kept = (
-            max((row["update"] for row in state["evaluations"] if row["kept"]), default=0)
-            if params.look_every
-            else None
-        )
-        if collapsed and not kept:
+        kept = state["best"]["update"] if params.look_every else len(history)
+        if collapsed and not (params.look_every and kept):
             raise UserError(
                 f"PPO collapsed before any policy was better than the start: {collapsed}. Lower "
                 "train_ppo.learning_rate, raise train_ppo.kl_coef or set train_ppo.target_kl"
             )
         if accelerator.is_main_process:
-            if kept is not None and (collapsed or kept < len(history)):
-                put_back(policy.model, state["best"] if kept else dict(load_causal_lm(start).named_parameters()))
-            save_model(policy.model, tokenizer, root / "models/ppo")
+            if collapsed or kept < len(history):
+                weights = state["best"]["weights"] or dict(loading.load_causal_lm(start).named_parameters())
+                put_back(policy.model, weights)
+            loading.save_model(policy.model, tokenizer, root / "models/ppo")
             course.write(root / "data/courses/ppo.parquet")
             write_reports(root, params, state, kept, collapsed)
     return {
@@ -336,28 +302,12 @@ def make_critic(
     model = load_reward_model(root / "models/reward", accelerator.device)
     if params.critic == "frozen":
         return FrozenCritic(model.config.hidden_size, accelerator)
-    return SeparateCritic(
-        model,
-        accelerator,
-        precision,
-        learning_rate=params.value_learning_rate,
-        num_updates=params.num_updates,
-        vf_coef=params.vf_coef,
-        cliprange_value=params.cliprange_value,
-        max_grad_norm=params.max_grad_norm,
-        dial=dial,
-    )
+    how = params.value_learning_rate, ("linear", 0, params.num_updates), params.max_grad_norm, params.vf_coef
+    return SeparateCritic(Learner(ValueHead(model), accelerator, dial, *how), precision, params.cliprange_value)
 
 
 def update_policy(
-    accelerator: Accelerator,
-    wrapped: torch.nn.Module,
-    optimizer: AcceleratedOptimizer,
-    rollout: Rollout,
-    advantages: Tensor,
-    mini_batches: list[list[int]],
-    params: Params,
-    dial: MemoryDial,
+    learner: Learner, rollout: Rollout, advantages: Tensor, mini_batches: list[list[int]], params: Params
 ) -> list[dict[str, float]]:
     """One optimizer step per mini-batch on the clipped surrogate (PPO, Eq. 7), until target_kl forbids it."""
 
@@ -378,22 +328,10 @@ def update_policy(
         return params.target_kl is not None and means["approxkl"] > params.target_kl
 
     steps: list[dict[str, float]] = []
-    with use_packed_attention(accelerator.unwrap_model(wrapped).model):
-        for answers in mini_batches:
-            step = optimizer_step(
-                accelerator,
-                wrapped,
-                optimizer,
-                rollout,
-                answers,
-                losses_of,
-                dial,
-                params.max_grad_norm,
-                forbidden=too_far,
-            )
-            steps.append(step)
-            if too_far(step):
-                break
+    for answers in mini_batches:
+        steps.append(learner.step(rollout, answers, losses_of, forbidden=too_far))
+        if too_far(steps[-1]):
+            break
     return steps
 
 
@@ -402,18 +340,19 @@ def metrics_of(
 ) -> dict[str, float]:
     """One update under TRL's names, and ours beside them; steps count alike, being on as many answers each."""
     lengths = rollout.lengths
-    price = -kl_coef * sum_by_answer(kl, lengths).mean().item()
+    kl_per_answer = sum_by_answer(kl, lengths).mean().item()
+    price, score = -kl_coef * kl_per_answer, scores.mean().item()
     entropy = rollout.entropies.mean().item()
 
     def mean(name: str, without_steps: float) -> float:
         return float(np.mean([step[name] for step in steps])) if steps else without_steps
 
     return {
-        "objective/kl": sum_by_answer(kl, lengths).mean().item(),
+        "objective/kl": kl_per_answer,
         "objective/entropy": -sum_by_answer(rollout.logps, lengths).mean().item(),
         "objective/non_score_reward": price,
-        "objective/rlhf_reward": price + scores.mean().item(),
-        "objective/scores": scores.mean().item(),
+        "objective/rlhf_reward": price + score,
+        "objective/scores": score,
         "policy/approxkl_avg": mean("approxkl", 0.0),
         "policy/clipfrac_avg": mean("clipfrac", 0.0),
         "loss/policy_avg": mean("loss", 0.0),
@@ -453,18 +392,16 @@ def put_back(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
         parameter.copy_(weights[name])
 
 
-def write_reports(
-    root: Path, params: Params, state: dict[str, Any], kept: int | None, collapsed: str | None
-) -> None:
+def write_reports(root: Path, params: Params, state: dict[str, Any], kept: int, collapsed: str | None) -> None:
     reports = root / "reports/train_ppo"
     history, looks = state["history"], state["evaluations"]
     write_history(reports / "history.csv", round_floats(history, 8))
     write_history(reports / "evaluations.csv", round_floats(looks, 8))
-    now = next(row for row in looks if row["update"] == (looks[-1]["update"] if kept is None else kept))
+    now = next(row for row in looks if row["update"] == kept)
     metrics = {
         "episodes": history[-1]["episode"],
         "updates": len(history),
-        "kept_update": len(history) if kept is None else kept,
+        "kept_update": kept,
         "stopped_early": collapsed,
         "policy": params.policy,
         "missing_eos_penalty": params.missing_eos_penalty,

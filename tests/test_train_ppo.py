@@ -19,8 +19,9 @@ from stages.lib.model import loading, memory
 from stages.lib.model.loading import save_model
 from stages.lib.model.logps import TokenLogps
 from stages.lib.model.memory import MemoryDial
-from stages.lib.rl import steps
-from stages.lib.rl.rollout import Actor, FrozenSide
+from stages.lib.rl import learner
+from stages.lib.rl.frozen_side import FrozenSide
+from stages.lib.rl.rollout import Actor
 from stages.lib.run.artefacts import read_parquet, write_parquet
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, load_params
@@ -291,7 +292,7 @@ def test_no_logits_of_a_whole_batch_exist(tmp_path, tokenizer, monkeypatch):
 def test_a_rollout_carries_no_graph(root, monkeypatch):
     seen = []
     update = train_ppo.update_policy
-    monkeypatch.setattr(train_ppo, "update_policy", lambda *a: seen.append(a[3]) or update(*a))
+    monkeypatch.setattr(train_ppo, "update_policy", lambda *a: seen.append(a[1]) or update(*a))
     main(BASE, SEPARATE, root)
     tensors = [value for rollout in seen for value in vars(rollout).values() if isinstance(value, torch.Tensor)]
     assert len(seen) == 3 and tensors and not any(tensor.requires_grad for tensor in tensors)
@@ -300,14 +301,14 @@ def test_a_rollout_carries_no_graph(root, monkeypatch):
 @pytest.mark.parametrize("kind", ["frozen", "separate"])
 def test_out_of_memory_in_a_step_halves_the_dial_and_changes_no_result(root, monkeypatch, capsys, kind):
     expected = run(root, KINDS[kind].replace(micro_batch_tokens=10_000))
-    pack = steps.pack
+    pack = learner.pack
 
     def packed(prompts, completions, *args):
         if len(completions) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
         return pack(prompts, completions, *args)
 
-    monkeypatch.setattr(steps, "pack", packed)
+    monkeypatch.setattr(learner, "pack", packed)
     monkeypatch.setattr(memory, "FEWEST", 8)
     for one, other in zip(expected, run(root, KINDS[kind].replace(micro_batch_tokens=10_000)), strict=True):
         assert one == pytest.approx(other, abs=5e-4)
@@ -427,7 +428,7 @@ def test_a_gradient_that_is_not_finite_is_never_applied(root, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_that_overflow_fp16_are_counted_and_no_collapse(root, monkeypatch, kind):
-    monkeypatch.setattr(train_ppo, "make_accelerator", fp16_on_cpu.make_accelerator)
+    monkeypatch.setattr(loading, "make_accelerator", fp16_on_cpu.make_accelerator)
     fp16 = BASE.replace(precision="fp16")
     rows = run(root, KINDS[kind], fp16)
     assert [row["policy/skipped"] for row in rows] == [0, 0, 0]
@@ -440,14 +441,14 @@ def test_steps_that_overflow_fp16_are_counted_and_no_collapse(root, monkeypatch,
 
 
 def test_a_run_of_which_fp16_made_no_step_is_an_error(root, monkeypatch):
-    monkeypatch.setattr(train_ppo, "make_accelerator", fp16_on_cpu.make_accelerator)
+    monkeypatch.setattr(loading, "make_accelerator", fp16_on_cpu.make_accelerator)
     monkeypatch.setattr(loading, "INITIAL_LOSS_SCALE", 2.0**80)
     with pytest.raises(UserError, match="every step overflowed fp16; set base.precision=fp32"):
         main(BASE.replace(precision="fp16"), PARAMS, root)
 
 
 def test_a_gradient_that_no_scale_makes_finite_is_a_collapse(root, monkeypatch):
-    monkeypatch.setattr(train_ppo, "make_accelerator", fp16_on_cpu.make_accelerator)
+    monkeypatch.setattr(loading, "make_accelerator", fp16_on_cpu.make_accelerator)
     monkeypatch.setattr(loading, "INITIAL_LOSS_SCALE", 2.0)
     losses = train_ppo.policy_losses
     monkeypatch.setattr(train_ppo, "policy_losses", lambda *a: (losses(*a)[0] * math.inf, losses(*a)[1]))
@@ -485,7 +486,7 @@ def test_precision_is_really_applied(root, monkeypatch, precision):
     monkeypatch.setattr(Actor, "roll_out", sampler)
     reference = watching("reference", lambda side: side.reference.model.layers[0].mlp.up_proj, judge)
     monkeypatch.setattr(FrozenSide, "judge", reference)
-    critic = watching("value", lambda critic: critic.head.model.model.layers[0].mlp.up_proj, values)
+    critic = watching("value", lambda critic: critic.learner.module.model.model.layers[0].mlp.up_proj, values)
     monkeypatch.setattr(train_ppo.SeparateCritic, "values", critic)
     main(BASE.replace(precision=precision), SEPARATE.replace(episodes=8), root)
     assert seen == {name: {dtype} for name in ("policy", "sampler", "reference", "value")}

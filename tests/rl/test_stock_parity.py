@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import get_scheduler
 
 from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.logps import TokenLogps, read_answers
@@ -20,7 +19,8 @@ from stages.lib.model.memory import MemoryDial
 from stages.lib.model.packing import pack
 from stages.lib.model.reward import apply_head, backbone_of
 from stages.lib.rl.advantages import gae, whiten
-from stages.lib.rl.critics import SeparateCritic
+from stages.lib.rl.critics import SeparateCritic, ValueHead
+from stages.lib.rl.learner import Learner
 from stages.lib.rl.rewards import penalize_unfinished, token_kl, token_rewards
 from stages.lib.rl.rollout import Rollout
 from stages.train_ppo import metrics_of, update_policy
@@ -59,13 +59,9 @@ def test_three_updates_equal_stock(case):
     policy = TokenLogps(make_policy(), 0.7 + 1e-7)
     reference = TokenLogps(make_policy(), 0.7 + 1e-7)
     reward_model = make_reward_model(make_policy())
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=options["learning_rate"], weight_decay=0.0)
-    wrapped, optimizer = accelerator.prepare(policy, optimizer)
-    scheduler = get_scheduler("linear", optimizer.optimizer, 0, 3)
-    dial = MemoryDial(512)
-    critic = SeparateCritic(
-        make_reward_model(make_policy()), accelerator, "fp32", options["learning_rate"], 3, 0.1, 0.2, 0.0, dial
-    )
+    how = accelerator, MemoryDial(512), options["learning_rate"], ("linear", 0, 3), 0.0
+    learner = Learner(policy, *how)
+    critic = SeparateCritic(Learner(ValueHead(make_reward_model(make_policy())), *how, coef=0.1), "fp32", 0.2)
 
     for update in STOCK["cases"][case]["updates"]:
         prompts, responses = update["prompts"], [cut(response) for response in update["responses"]]
@@ -93,9 +89,8 @@ def test_three_updates_equal_stock(case):
 
         epochs = [places] * options["num_ppo_epochs"]
         whitened = whiten(advantages[real])
-        steps = update_policy(accelerator, wrapped, optimizer, rollout, whitened, epochs, params, dial)
-        learning_rate = scheduler.get_last_lr()[0]
-        scheduler.step()
+        steps = update_policy(learner, rollout, whitened, epochs, params)
+        learning_rate = learner.end_update()
         learned = critic.learn(longer, returns, longer, nothing, epochs)
 
         share = len(logps) / (8 * WIDTH)  # of the padded table that is answers

@@ -1,26 +1,22 @@
-"""Answers of the policy in training, what the policy makes of them, and what the frozen side makes of them.
+"""Answers of the policy in training, and what the policy makes of them.
 
 Under a launcher each process answers and reads its share of the prompts; `gathered` then gives all of them the
 whole rollout in its one order, so that rewards and advantages are computed everywhere and differ nowhere.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.generate import generate, in_precision
-from stages.lib.model.loading import DTYPES, autocast, cast_linear_layers, freeze, own_memory
+from stages.lib.model.loading import freeze
 from stages.lib.model.logps import TokenLogps, read_answers
 from stages.lib.model.memory import MemoryDial
-from stages.lib.model.packing import PackedBatch, read_tokens
-from stages.lib.model.reward import apply_head, backbone_of, closed, same_weights
 
 
 @dataclass(frozen=True)
@@ -135,78 +131,3 @@ class Actor:
         ended = torch.tensor([response[-1] == eos for response in responses])
         nothing = torch.empty(0)
         return Rollout(places, own, responses, ended, logps, entropies, nothing, nothing, nothing)
-
-
-class FrozenSide:
-    """Reference and reward model, which never change: one forward pass where they share their backbone.
-
-    Where the reward model's backbone has the reference's weights bit for bit, it is let go.
-    """
-
-    def __init__(
-        self,
-        reference: PreTrainedModel,
-        reward_model: PreTrainedModel,
-        temperature: float,
-        tokenizer: PreTrainedTokenizerBase,
-        precision: str,
-        dial: MemoryDial,
-    ):
-        self.reference, self.reward_model = freeze(reference), freeze(reward_model)
-        self.temperature, self.tokenizer = temperature, tokenizer
-        self.precision, self.dial = precision, dial
-        self.policy_like = TokenLogps(reference, temperature)
-        backbone = reference.get_decoder()
-        self.shares_backbone = same_weights(backbone, backbone_of(reward_model))
-        if self.shares_backbone:
-            setattr(reward_model, reward_model.base_model_prefix, backbone)
-        if precision != "fp32":
-            for model in (reference, reward_model):
-                cast_linear_layers(model, DTYPES[precision], but=("score",))
-        own_memory(reference)
-        own_memory(reward_model.score if self.shares_backbone else reward_model)
-
-    @torch.no_grad()
-    def judge(self, rollout: Rollout) -> tuple[Rollout, Tensor]:
-        """The rollout with reference log-probs and raw scores.
-
-        Returns:
-            The rollout, and (N, H) float32 features: the reference's hidden state before each response token.
-        """
-        responses, scores = rollout.responses, torch.empty(len(rollout.responses))
-        closed_responses = [closed(response, self.tokenizer) for response in responses]
-        if self.shares_backbone:  # 2B texts, of which most are equal or begin alike: packed once
-            texts = rollout.prompts * 2, responses + closed_responses
-        else:
-            texts = rollout.prompts, responses
-
-        def score(rows: list[int], last: Tensor) -> None:
-            scores[rows] = apply_head(self.reward_model, last).cpu()
-
-        def read(rows: list[int], batch: PackedBatch) -> tuple[Tensor, Tensor]:
-            hidden = hidden_states(self.reference.get_decoder(), batch)
-            said = torch.tensor([row < len(responses) for row in rows], device=hidden.device)
-            if self.shares_backbone:
-                score(
-                    [row - len(responses) for row in rows if row >= len(responses)],
-                    hidden[batch.last_index[~said]],
-                )
-            own = said[batch.label_sequence]
-            before = hidden[batch.completion_index]
-            ref_logps = before.new_zeros(len(before), dtype=torch.float32)
-            ref_logps[own] = self.policy_like.of_hidden(before[own], batch.labels[own])[0]
-            return ref_logps, before.float()
-
-        def read_closed(rows: list[int], batch: PackedBatch) -> tuple[()]:
-            score(rows, hidden_states(backbone_of(self.reward_model), batch)[batch.last_index])
-            return ()
-
-        ref_logps, features = self._pass(read, self.reference, *texts)
-        if not self.shares_backbone:
-            self._pass(read_closed, self.reward_model, rollout.prompts, closed_responses)
-        own = slice(0, int(rollout.lengths.sum()))
-        return replace(rollout, ref_logps=ref_logps[own], raw_scores=scores), features[own]
-
-    def _pass(self, read: Callable, model: PreTrainedModel, prompts: list, responses: list) -> list[Tensor]:
-        with use_packed_attention(model), autocast(model.device, self.precision):
-            return self.dial.run(read_tokens, read, prompts, responses, device=model.device)
