@@ -14,6 +14,7 @@ Run     dvc repro train_ppo                    (untracked: python -m stages.trai
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -303,7 +304,8 @@ def make_critic(
     if params.critic == "frozen":
         return FrozenCritic(model.config.hidden_size, accelerator)
     how = params.value_learning_rate, ("linear", 0, params.num_updates), params.max_grad_norm, params.vf_coef
-    return SeparateCritic(Learner(ValueHead(model), accelerator, dial, *how), precision, params.cliprange_value)
+    head = ValueHead(model)
+    return SeparateCritic(head, Learner(head, accelerator, dial, *how), precision, params.cliprange_value)
 
 
 def update_policy(
@@ -387,7 +389,7 @@ def check_health(metrics: dict[str, float], params: Params) -> None:
 
 
 @torch.no_grad()
-def put_back(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+def put_back(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])
 

@@ -486,7 +486,7 @@ def test_precision_is_really_applied(root, monkeypatch, precision):
     monkeypatch.setattr(Actor, "roll_out", sampler)
     reference = watching("reference", lambda side: side.reference.model.layers[0].mlp.up_proj, judge)
     monkeypatch.setattr(FrozenSide, "judge", reference)
-    critic = watching("value", lambda critic: critic.learner.module.model.model.layers[0].mlp.up_proj, values)
+    critic = watching("value", lambda critic: critic.head.model.model.layers[0].mlp.up_proj, values)
     monkeypatch.setattr(train_ppo.SeparateCritic, "values", critic)
     main(BASE.replace(precision=precision), SEPARATE.replace(episodes=8), root)
     assert seen == {name: {dtype} for name in ("policy", "sampler", "reference", "value")}

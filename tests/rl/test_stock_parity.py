@@ -61,7 +61,8 @@ def test_three_updates_equal_stock(case):
     reward_model = make_reward_model(make_policy())
     how = accelerator, MemoryDial(512), options["learning_rate"], ("linear", 0, 3), 0.0
     learner = Learner(policy, *how)
-    critic = SeparateCritic(Learner(ValueHead(make_reward_model(make_policy())), *how, coef=0.1), "fp32", 0.2)
+    head = ValueHead(make_reward_model(make_policy()))
+    critic = SeparateCritic(head, Learner(head, *how, coef=0.1), "fp32", 0.2)
 
     for update in STOCK["cases"][case]["updates"]:
         prompts, responses = update["prompts"], [cut(response) for response in update["responses"]]

@@ -15,6 +15,7 @@ from stages.lib.model.reward import apply_head, backbone_of
 from stages.lib.rl.learner import Learner
 from stages.lib.rl.losses import value_losses
 from stages.lib.rl.rollout import Rollout
+from stages.lib.run.checkpoints import Stateful
 
 Steps = list[list[int]]  # the answers of each mini-batch, in order
 Metrics = dict[str, float]
@@ -23,7 +24,7 @@ DECAY = 0.8  # weight of an update's returns in the fit one update later
 RIDGE = 30.0  # on weights of features of length sqrt(H)
 
 
-class Critic(Protocol):
+class Critic(Stateful, Protocol):
     """Values of the states before each token, learned from the returns that followed.
 
     `share` is this process's share of a rollout, and `features` are its (N, H) of `FrozenSide.judge`.
@@ -36,9 +37,6 @@ class Critic(Protocol):
     def learn(self, rollout: Rollout, returns: Tensor, share: Rollout, features: Tensor, steps: Steps) -> Metrics:
         """Learns the (N,) returns of a whole rollout; what happened, under TRL's names."""
         ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class FrozenCritic(nn.Module):
@@ -95,19 +93,21 @@ class ValueHead(nn.Module):
 class SeparateCritic:
     """A value model that starts as the reward model, with the clipped value loss and an optimizer of its own."""
 
-    learner: Learner  # of a ValueHead
+    head: ValueHead
+    learner: Learner  # of the head
     precision: str
     cliprange: float  # of a value, around what it was in the rollout
 
     def normalise_by(self, score_mean: float, score_std: float) -> None:
         """The unit of the scores, in which the values are."""
-        self.learner.module.score_mean, self.learner.module.score_std = score_mean, score_std
+        self.head.score_mean, self.head.score_std = score_mean, score_std
 
     def values(self, share: Rollout, features: Tensor) -> Tensor:
-        head, device = self.learner.module, self.learner.accelerator.device
-        texts = share.prompts, share.responses
-        with use_packed_attention(head.model), autocast(device, self.precision):
-            return self.learner.dial.run(read_tokens, lambda _, batch: (head(batch),), *texts, device=device)[0]
+        texts, device = (share.prompts, share.responses), self.learner.accelerator.device
+        with use_packed_attention(self.head.model), autocast(device, self.precision):
+            return self.learner.dial.run(read_tokens, lambda _, batch: (self.head(batch),), *texts, device=device)[
+                0
+            ]
 
     def learn(self, rollout: Rollout, returns: Tensor, share: Rollout, features: Tensor, steps: Steps) -> Metrics:
         def losses_of(values: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stages.lib.model.attention import use_packed_attention
 from stages.lib.model.loading import loss_scale
@@ -46,7 +47,8 @@ class Learner:
             max_grad_norm: clipping; 0: none.
             coef: weight of the loss.
         """
-        self.module, self.accelerator, self.dial = module, accelerator, dial
+        self.model = cast(PreTrainedModel, module.model)
+        self.accelerator, self.dial = accelerator, dial
         self.max_grad_norm, self.coef = max_grad_norm or math.inf, coef
         optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
         self.wrapped, self.optimizer = accelerator.prepare(module, optimizer)
@@ -74,7 +76,7 @@ class Learner:
             Collapse: the gradient is not finite, and no scale of fp16's makes it so. Nothing has been changed then.
         """
         accelerator, optimizer = self.accelerator, self.optimizer
-        with use_packed_attention(self.module.model):
+        with use_packed_attention(self.model):
             means = self.dial.run(self._mean_gradient, rollout, answers, losses_of, undo=optimizer.zero_grad)
         if forbidden(means):
             optimizer.zero_grad()
@@ -123,12 +125,12 @@ class Learner:
 
     def end_update(self) -> float:
         """The learning rate of the update that ends here; the next one has the schedule's next."""
-        learning_rate = self.scheduler.get_last_lr()[0]
+        learning_rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
         return learning_rate
 
     def _parts(self) -> dict[str, Any]:
-        return {"model": self.module.model, "optimizer": self.optimizer.optimizer, "scheduler": self.scheduler}
+        return {"model": self.model, "optimizer": self.optimizer.optimizer, "scheduler": self.scheduler}
 
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._parts().items()}
