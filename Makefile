@@ -23,6 +23,7 @@ GPU_PAIRS ?= data/pairs_embedded.jsonl
 .PHONY: repro test test-all lint deps install python lock check-hub bench-dpo bench-ppo gpu-check torch-build
 
 repro: install
+	$(BIN)/python -m stages.check_paths
 	$(BIN)/dvc repro
 
 test: install

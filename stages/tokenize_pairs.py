@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from stages.lib.data.chat import generation_header_ids, special_token_pattern, truncate
+from stages.lib.data.sizes import too_few_for_the_judge
 from stages.lib.data.token_tables import (
     Ids,
     corrupted_rows,
@@ -108,6 +109,9 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
             for side in ("chosen_input_ids", "rejected_input_ids"):
                 num_answers += 1
                 num_cut_answers += len(short[side]) < len(row[side])
+
+    problem = too_few_for_the_judge([row["prompt_id"] for row in rows["judge"]])
+    require(problem is None, f"data/pairs/judge.parquet: {problem}")
 
     copies = {name: read_rows(root / f"data/corrupted/{name}.parquet") for name in COPIES}
     usable = {}

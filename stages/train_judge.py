@@ -25,6 +25,7 @@ import torch
 from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
+from stages.lib.data.sizes import too_few_for_the_judge
 from stages.lib.model.judge import Judge, answer_means, fit_judge, save_judge
 from stages.lib.model.loading import freeze, load_causal_lm, pick_device, pick_precision
 from stages.lib.model.memory import memory_dial
@@ -36,7 +37,6 @@ from stages.lib.run.stage import run_stage
 REPORTS = Path("reports/train_judge")
 PAIR = "pair"  # the kind of a pair that is not corrupted
 PAIR_WEIGHT = 2.0  # of the pairs themselves; a corrupted copy weighs 1
-FEWEST = 10  # pairs
 FOLDS = 5
 
 
@@ -153,10 +153,8 @@ def read_own(root: Path) -> Iterator[dict[str, list]]:
     """
     for name in ("pairs", "corrupted", "short"):
         columns = read_parquet(root / f"data/tokenized/judge_{name}.parquet")
-        if name == "pairs" and len(columns["row"]) < FEWEST:
-            raise UserError(
-                f"{len(columns['row'])} pairs are too few for a judge; raise fetch_pairs.judge_fraction or max_pairs"
-            )
+        if name == "pairs" and (problem := too_few_for_the_judge(columns["prompt_id"])):
+            raise UserError(problem)
         yield columns
 
 

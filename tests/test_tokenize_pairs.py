@@ -3,6 +3,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from stages.lib.data import sizes
 from stages.lib.run.artefacts import read_json, read_parquet, sha256_of_file, write_parquet
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
@@ -11,6 +12,12 @@ from stages.tokenize_pairs import Params, main
 BASE = Base(seed=42, precision="fp32")
 PARAMS = Params(max_prompt_length=256, max_completion_length=None, max_length=1024)
 TABLES = ("pairs", "reward", "prompts")
+
+
+@pytest.fixture(autouse=True)
+def _few_pairs_do_for_the_judge(monkeypatch):
+    monkeypatch.setattr(sizes, "JUDGE_PAIRS", 1)
+    monkeypatch.setattr(sizes, "JUDGE_PROMPTS", 1)
 
 
 def pairs_in(

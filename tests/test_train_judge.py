@@ -121,7 +121,7 @@ def test_every_kind_counts_alike():
 def test_too_few_pairs_are_an_error_that_names_the_remedy(root):
     columns = read_parquet(root / "data/tokenized/judge_pairs.parquet")
     write(root / "data/tokenized/judge_pairs.parquet", {name: values[:5] for name, values in columns.items()})
-    with pytest.raises(UserError, match="5 pairs are too few.*judge_fraction"):
+    with pytest.raises(UserError, match="5 pairs over .*train_judge needs at least 10.*judge_fraction"):
         main(BASE, PARAMS, root)
 
 

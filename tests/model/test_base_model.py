@@ -60,6 +60,8 @@ def damaged(folder, how):
         )
     elif how == "own code":
         edit_json(folder / "config.json", model_type="mine", auto_map={"AutoConfig": "code.Mine"})
+    elif how == "adapter":
+        (folder / "adapter_config.json").write_text("{}")
     elif how == "no config":
         (folder / "config.json").unlink()
     elif how == "no tokenizer":
@@ -70,6 +72,7 @@ def damaged(folder, how):
     ("how", "words"),
     [
         ("no safetensors", "has no .*safetensors"),
+        ("adapter", "is an adapter .*merge_and_unload"),
         ("weights missing", "1 weights are missing, model.layers.1.mlp.up_proj.weight"),
         ("cut off", "not a causal language model that can be loaded"),
         ("other shape", "not a causal language model that can be loaded"),
@@ -99,7 +102,11 @@ def test_special_tokens_are_set_everywhere(folder):
     ("change", "pad", "words"),
     [
         ({}, "<|im_end|>", "is the EOS"),
-        ({}, "[PAD]", "has no token '.PAD.'"),
+        (
+            {},
+            "[PAD]",
+            "has no token '.PAD.'; .* such as <.endoftext.> .after -S: 'fetch_base.pad_token=\"<.endoftext.>\"'",
+        ),
         ({}, "<|im_start|>", "chat template uses"),
         ({"chat_template": None}, PAD, "no chat template"),
         ({"eos_token": None}, PAD, "no EOS"),

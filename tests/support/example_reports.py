@@ -88,6 +88,7 @@ def example_metrics() -> dict[str, dict[str, Any]]:
             "lengths": lengths,
             **counts,
         },
+        "inspect_pairs": {"pairs": 336},
         "reference_logps": {"train": {"pairs": 302, "logps/chosen": -180.1, "logps/rejected": -171.3}},
         "train_dpo": {
             "train_pairs": 302,

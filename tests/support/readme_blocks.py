@@ -29,6 +29,7 @@ ROWS = (  # measure, decoding, label, digits, as a percentage
     ("emoji", "sampled", "emoji", 2, False),
     ("asks_back", "sampled", "asks back", 0, True),
 )
+NOT_RUN = "\N{EM DASH}"  # of a stage that is newer than the committed run
 LONGEST = 300  # characters of an answer that is shown
 
 Read = Callable[[str], str | None]  # a file's text by its path from the root; None where it is not there
@@ -123,7 +124,11 @@ def stages(read: Read) -> str:
     lines, total = ["| stage | does | time | peak memory |", "|---|---|---|---|"], 0.0
     machine = ""
     for name, definition in definitions.items():
-        run = json.loads(read(f"reports/{name}/run.json"))
+        record = read(f"reports/{name}/run.json")
+        if record is None:
+            lines.append(f"| `{name}` | {definition['desc']} | {NOT_RUN} | {NOT_RUN} |")
+            continue
+        run = json.loads(record)
         total += run["seconds"]
         machine = f"{run['machine']}, {run['precision']}" if "precision" in run else machine
         seconds = f"{run['seconds']:.0f} s" if run["seconds"] >= 1 else "< 1 s"
@@ -148,8 +153,8 @@ def with_blocks(text: str, found: dict[str, str]) -> str:
 
 
 def main() -> None:
-    def read(path: str) -> str:
-        return (REPO / path).read_text(encoding="utf-8")
+    def read(path: str) -> str | None:
+        return (REPO / path).read_text(encoding="utf-8") if (REPO / path).is_file() else None
 
     readme = REPO / "README.md"
     readme.write_text(with_blocks(readme.read_text(encoding="utf-8"), blocks(read)), encoding="utf-8")

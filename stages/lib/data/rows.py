@@ -163,7 +163,8 @@ def parquet_rows(path: Path) -> Numbered:
                 number += 1
                 yield number, row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a parquet file that can be read, maybe cut off: {error}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a parquet file that can be read, maybe cut off: {reason}") from None
 
 
 READERS: dict[str, Reader] = {
@@ -259,7 +260,8 @@ def _file_rows(path: Path, parts: list[Part], offset: int, heldout: bool) -> Num
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         if not packing:
             raise
-        raise UserError(f"{path}: not a complete {kind} file ({error}); fetch it again") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a complete {kind} file ({reason}); fetch it again") from None
 
 
 def _format_of(path: Path) -> tuple[str, str | None]:

@@ -96,6 +96,11 @@ def load_folder(folder: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTok
     Raises:
         UserError: no safetensors, quantised, unreadable, with weights missing, or without a fast tokenizer.
     """
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{name}: is an adapter (LoRA or another), not a whole model; merge it into its base and save that "
+            "(peft: merge_and_unload, then save_pretrained with the tokenizer)"
+        )
     if not list(folder.glob("*.safetensors")):
         raise UserError(
             f"{name}: has no *.safetensors at its top; convert the weights, other formats are not read"
@@ -138,18 +143,18 @@ def set_special_tokens(
         raise UserError(
             f"{name}: the tokenizer has {len(tokenizer)} tokens, the embedding {model.config.vocab_size} rows"
         )
+    turn_ids = _rendered_turn(tokenizer, name)
     pad_id = tokenizer.get_vocab().get(pad_token)
     if pad_id is None:
-        raise UserError(
-            f"{name}: has no token {pad_token!r}; set fetch_base.pad_token to an unused one of its own"
-        )
-    if pad_id == tokenizer.eos_token_id:
-        raise UserError(f"{name}: pad_token {pad_token!r} is the EOS; set fetch_base.pad_token to another token")
-    turn_ids = _rendered_turn(tokenizer, name)
-    if pad_id in turn_ids:
-        raise UserError(
-            f"{name}: its chat template uses {pad_token!r}; set fetch_base.pad_token to an unused token"
-        )
+        problem = f"has no token {pad_token!r}"
+    elif pad_id == tokenizer.eos_token_id:
+        problem = f"pad_token {pad_token!r} is the EOS"
+    elif pad_id in turn_ids:
+        problem = f"its chat template uses {pad_token!r}"
+    else:
+        problem = None
+    if problem:
+        raise UserError(f"{name}: {problem}; set fetch_base.pad_token to {_unused_tokens(tokenizer, turn_ids)}")
     if tokenizer.eos_token_id not in turn_ids[-4:]:
         raise UserError(f"{name}: its chat template does not end a turn with {tokenizer.eos_token!r}, its EOS")
     tokenizer.pad_token = pad_token
@@ -181,6 +186,20 @@ def settled_template(template: str | dict[str, str], name: str) -> str | dict[st
     if "enable_thinking" in settled:
         settled = "{%- set enable_thinking = false %}" + settled
     return settled
+
+
+def _unused_tokens(tokenizer: PreTrainedTokenizerBase, turn_ids: list[int]) -> str:
+    """Which tokens can pad, and how a shell and Hydra let one of them through."""
+    used = {tokenizer.eos_token_id, *turn_ids}
+    found = sorted(
+        (token_id, token)
+        for token, token_id in tokenizer.get_added_vocab().items()
+        if token_id not in used and token.strip()
+    )
+    if not found:
+        return "an unused one of its own"
+    names = ", ".join(token for _, token in found[:5])
+    return f"""an unused one of its own, such as {names} (after -S: 'fetch_base.pad_token="{found[0][1]}"')"""
 
 
 def _rendered_turn(tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Training curves as small SVG pictures, inlined into the report page."""
+"""Curves and histograms as small SVG pictures, inlined into a page."""
 
 import base64
 import io
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.typing import RcKeyType
 
-from stages.lib.report.plots import BLUE, GREEN, ORANGE, PURPLE, STYLE
+from stages.lib.report.plots import BLUE, GREEN, INK, ORANGE, PURPLE, STYLE
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 SVG_STYLE: dict[RcKeyType, Any] = {
@@ -47,6 +48,27 @@ def curves(title: str, caption: str, lines: Mapping[str, Points], x_label: str, 
             axes.plot(x, y, label=name, color=colour, linewidth=1.8, marker="o", markersize=3)
         if len(lines) > 1:
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(lines))
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return Picture(title, caption, data_uri(file.getvalue(), "image/svg+xml"))
+
+
+def histograms(
+    title: str, caption: str, series: Mapping[str, Sequence[int]], limit: int | None, x_label: str
+) -> Picture:
+    """Distributions over one axis, and a dashed line at the limit, if there is one."""
+    longest = max(max(values) for values in series.values())
+    bins = np.linspace(0, max(longest, 1), 41)
+    with matplotlib.rc_context(SVG_STYLE):
+        figure = Figure(figsize=(4.6, 3.0), layout="constrained")
+        axes = figure.add_subplot(xlabel=x_label, ylabel="pairs")
+        for (name, values), colour in zip(series.items(), COLOURS, strict=False):
+            axes.hist(values, bins, label=name, color=colour, histtype="stepfilled", alpha=0.45)
+        if limit is not None:
+            axes.axvline(limit, color=INK, linestyle="--", linewidth=1.2, label=f"limit, {limit:,}")
+        axes.set_xlim(left=0)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return Picture(title, caption, data_uri(file.getvalue(), "image/svg+xml"))

@@ -12,7 +12,14 @@ from stages.lib.report.page import Answer, Sample, Table, Tile, percentages, spe
 from stages.lib.report.plots import STAGE_OF
 from stages.lib.run.errors import UserError
 
-DATA_STAGES = ("fetch_base", "fetch_pairs", "corrupt_answers", "tokenize_pairs", "reference_logps")
+DATA_STAGES = (
+    "fetch_base",
+    "fetch_pairs",
+    "corrupt_answers",
+    "tokenize_pairs",
+    "inspect_pairs",
+    "reference_logps",
+)
 MODEL_STAGES = (
     "train_dpo",
     "train_reward",

@@ -126,9 +126,11 @@ def _in_words(section: str, cls: type[Section], error: ValidationError) -> str:
     for _ in place[1:]:  # into a dict or a list
         hint = typing.get_args(hint)[-1]
     bounds = _spell_bounds(field.metadata) if len(place) == 1 else ""
-    quote = (
-        " (write it in quotes)" if first["type"] == "string_type" and not isinstance(first["input"], str) else ""
-    )
+    quote = ""
+    if first["type"] == "string_type" and not isinstance(
+        first["input"], str
+    ):  # YAML or the shell took it for more
+        quote = f""" (write it in quotes; on the command line in two kinds: -S '{key}="..."')"""
     return f"'{key}' must be {_spell(hint, bounds)}, not {first['input']!r}{quote}"
 
 
