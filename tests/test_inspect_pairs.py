@@ -22,7 +22,7 @@ HOSTILE = "<script>alert(1)</script> {{ 7 * 7 }}"
 class Tags(HTMLParser):
     def __init__(self, html: str):
         super().__init__()
-        self.tags, self.text, self.marked = [], "", []
+        self.tags, self.text, self.marked = [("", {})], "", []
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
@@ -45,7 +45,7 @@ def _few_pairs_do_for_the_judge(monkeypatch):
 def root(tiny_base):
     rows = [
         {"prompt": f"Question {i // 2}?", "chosen": f"Yes {i}, and you? {HOSTILE}", "rejected": f"No {i}."}
-        for i in range(20)
+        for i in range(40)
     ]
     rows += [rows[0], {"prompt": "Broken?", "chosen": "", "rejected": "a"}]
     rows.append({"prompt": "Long?", "chosen": "word " * 200 + "?", "rejected": "Привет"})
@@ -58,7 +58,8 @@ def root(tiny_base):
         path="pairs.jsonl", unseen_path="unseen.jsonl", eval_prompts_path="more.jsonl"
     )
     fetch_pairs.main(BASE, params, tiny_base)
-    corrupt_answers.main(BASE, load_params("corrupt_answers", corrupt_answers.Params, REPO), tiny_base)
+    kinds = corrupt_answers.Params(train_kinds=["loop"], dpo_kinds=["loop"], judge_kinds=["loop"])
+    corrupt_answers.main(BASE, kinds, tiny_base)
     tokenize_pairs.main(BASE, LIMITS, tiny_base)
     return tiny_base
 
@@ -71,21 +72,21 @@ def look(root, rows=5) -> Tags:
 def test_the_page_says_what_is_in_the_data(root, capsys):
     page = look(root)
     text = " ".join(page.text.split())
-    assert "21 preference pairs of pairs.jsonl" in text
-    assert "Rows read 23 Dropped: the same as an earlier row 1 Dropped: empty 1 Pairs left 21" in text
-    assert "11; 10 have several pairs, one of them 2" in text
-    assert "1 message in 21 pairs" in text and "Latin 21" in text
+    assert "41 preference pairs of pairs.jsonl" in text
+    assert "Rows read 43 Dropped: empty 1 Dropped: the same as an earlier row 1 Pairs left 41" in text
+    assert "21; 20 have several pairs, one of them 2" in text
+    assert "1 message in 41 pairs" in text and "Latin 41" in text
     assert "Counting question marks alone ranks 100 %" in text and "a matter of style" in text
     assert "look: Counting question marks" in capsys.readouterr().out
     assert "max_completion_length is null: only max_length cuts them." in text
     metrics = read_json(root / "reports/inspect_pairs/metrics.json")
-    assert metrics["pairs"] == metrics["looked_at"] == 21 and metrics["rankers"]["question_marks"] == 1.0
-    assert metrics["repeated"] == {"prompts": 11, "with_several_pairs": 10, "most_pairs": 2}
+    assert metrics["pairs"] == metrics["looked_at"] == 41 and metrics["rankers"]["question_marks"] == 1.0
+    assert metrics["repeated"] == {"prompts": 21, "with_several_pairs": 20, "most_pairs": 2}
 
 
 def test_pairs_are_shown_whole_as_the_models_see_them(root):
-    page = look(root, rows=30)
-    assert page.text.count("Row ") == 21
+    page = look(root, rows=60)
+    assert page.text.count("Row ") == 41
     assert HOSTILE in page.text and "script" not in {tag for tag, _ in page.tags}
     assert set(page.marked) >= {"<|im_start|>", "<|im_end|>"}
     assert [mark for mark in page.marked if mark.endswith("tokens cut")]  # the long answer, and every prompt

@@ -237,3 +237,22 @@ def test_every_row_is_kept_or_dropped_for_a_reason(rows):
     for pair in result.rows.values():
         for text in filter(None, pair):
             assert text.strip() and "\x00" not in text and text.encode("utf-8").decode("utf-8") == text
+
+
+letters = st.sampled_from(["a", "b", "A?"])
+
+
+@given(rows=st.lists(st.tuples(letters, letters, letters), min_size=1, max_size=12))
+def test_what_is_kept_says_what_is_preferred_once(rows):
+    try:
+        kept = collect(source(*[dict(zip(GOOD, row, strict=True)) for row in rows]), check_pair, "drop")
+        kept = without_contradictions(without_duplicates(kept), "drop", str)
+    except PairError:
+        kept = Collected("", len(rows), {}, Counter(none_left=len(rows)))
+    assert kept.read == len(rows) == len(kept.rows) + sum(kept.dropped.values())
+    said = {(normalise_prompt(pair.prompt), pair.chosen, pair.rejected) for pair in kept.rows.values()}
+    assert not {(prompt, rejected, chosen) for prompt, chosen, rejected in said} & said
+    assert len(set(kept.rows.values())) == len(kept.rows)
+    for number, pair in kept.rows.items():
+        assert (pair.prompt, pair.chosen, pair.rejected) == rows[number - 1]  # none is altered
+        assert pair.prompt not in (pair.chosen, pair.rejected) and pair.chosen != pair.rejected

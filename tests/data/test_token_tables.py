@@ -1,3 +1,6 @@
+import json
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -5,10 +8,12 @@ from hypothesis import strategies as st
 from stages.lib.data.chat import special_token_pattern, truncate
 from stages.lib.data.token_tables import (
     count_cuts,
+    equal_answers,
     length_statistics,
     prompt_columns,
     reward_columns,
     token_ids,
+    usable_ids,
     without_special_tokens,
 )
 from stages.lib.run.errors import UserError
@@ -86,3 +91,47 @@ def test_length_statistics_worked_by_hand():
         "prompt": {"mean": 4.0, "p50": 2.5, "p99": pytest.approx(9.79), "max": 10},  # 3 + 0.97 * 7
         "response": {"mean": 1.0, "p50": 1.0, "p99": 1.0, "max": 1},
     }
+
+
+words = st.text("ab ?\n🙂é<|", min_size=1, max_size=6).filter(str.strip)
+turns = st.lists(st.tuples(words, words), max_size=2)
+
+
+@given(system=st.none() | words, before=turns, question=words, answers=st.tuples(words, words))
+def test_rendering_can_be_read_back_where_nothing_was_cut(tokenizer, system, before, question, answers):
+    messages = [{"role": "system", "content": system}] if system else []
+    for asked, said in before:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    messages.append({"role": "user", "content": question})
+    row = {"row": 1, "prompt": "p", "messages": json.dumps(messages), "chosen": answers[0], "rejected": answers[1]}
+    ids = token_ids(row, tokenizer)
+    assert truncate(ids, 10_000, None, 20_000) == ids
+    prompt = tokenizer.decode(ids["prompt_input_ids"])
+    read = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", prompt, re.DOTALL)
+    if not system:
+        assert read.pop(0)[0] == "system"  # the template's own
+    assert read == [(message["role"], message["content"]) for message in messages]
+    assert prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+        assert tokenizer.decode(ids[f"{side}_input_ids"]) == f"{answer}<|im_end|>\n"
+
+
+@given(answers=st.lists(st.tuples(words, words), min_size=1, max_size=5), limit=st.integers(1, 8))
+def test_pairs_that_are_equal_once_cut_are_dropped_and_no_others(tokenizer, answers, limit):
+    rows = [PAIR | {"row": i, "chosen": one, "rejected": other} for i, (one, other) in enumerate(answers, 1)]
+    limits = (100, limit, 200)
+    ended = {row["row"]: [f"{row[side]}<|im_end|>\n" for side in ("chosen", "rejected")] for row in rows}
+    ids = {number: [tokenizer(text)["input_ids"][:limit] for text in texts] for number, texts in ended.items()}
+    try:
+        good, _, cut, dropped = usable_ids(rows, tokenizer, limits, "train.parquet", "drop")
+    except UserError:
+        good, cut, dropped = [], [], {"equal_after_cut": len(rows)}
+    assert len(rows) == len(good) + sum(dropped.values())
+    for row, row_ids in zip(good, cut, strict=True):
+        assert ids[row["row"]] == [row_ids["chosen_input_ids"], row_ids["rejected_input_ids"]]
+        assert row_ids["chosen_input_ids"] != row_ids["rejected_input_ids"]
+        assert not equal_answers(row_ids, tokenizer.eos_token_id)
+    left_out = {row["row"] for row in rows} - {row["row"] for row in good}
+    for number in left_out:  # the same to DPO, or but for the last token, which the reward model makes the EOS
+        one, other = ids[number]
+        assert one == other or one[: limit - 1] == other[: limit - 1]
