@@ -15,7 +15,7 @@ from stages.lib.run.params import Base, load_params
 from tests.conftest import REPO
 
 BASE = Base(seed=42, precision="fp32")
-LIMITS = tokenize_pairs.Params(max_prompt_length=24, max_completion_length=None, max_length=60)
+LIMITS = tokenize_pairs.Params(max_prompt_length=24, max_completion_length=None, max_length=150)
 HOSTILE = "<script>alert(1)</script> {{ 7 * 7 }}"
 
 
@@ -27,6 +27,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
+        self.text += " " if tag in ("td", "dt", "dd") else ""
 
     def handle_data(self, data):
         self.text += data
