@@ -18,6 +18,7 @@ import pandas as pd
 from pydantic import Field
 
 from stages.lib.analysis.pair_profile import in_words, one_feature_rankers, repeated_prompts, scripts
+from stages.lib.data.chat import special_token_pattern
 from stages.lib.data.token_tables import token_ids
 from stages.lib.model.loading import load_tokenizer
 from stages.lib.report.data_page import Lengths, SeenPair, data_page, segments
@@ -68,13 +69,14 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
 
     # 3. Some of them as the models see them
     shown = [looked_at[i] for i in draw(len(looked_at), params.rows, base.seed, "pairs shown")]
-    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    pattern = special_token_pattern(tokenizer)
+    special = {token_id for token, token_id in tokenizer.get_vocab().items() if pattern.fullmatch(token)}
     seen = []
     for number in shown:
         parts = {}
         for part in PARTS:
             own, uncut = ids[number][f"{part}_input_ids"], whole[number][f"{part}_input_ids"]
-            parts[part] = segments(own, uncut, special, tokenizer.decode)
+            parts[part] = segments(own, uncut, special, lambda ids: str(tokenizer.decode(ids)))
         seen.append(SeenPair(number, **parts))
 
     page = data_page(fetched, tokenized, metrics, rankers, in_words(rankers), lengths, limits, seen)

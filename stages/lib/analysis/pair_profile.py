@@ -38,7 +38,8 @@ def in_words(rankers: dict[str, Interval]) -> str:
     name, share = next(iter(rankers.items()))
     feature, less = RANKER_LABELS[name], share.mean < 0.5
     if less:
-        share = Interval(*(None if end is None else 1 - end for end in (share.mean, share.high, share.low)))
+        low, high = (None if end is None else 1 - end for end in (share.high, share.low))
+        share = Interval(1 - share.mean, low, high)
     how = f"Counting {feature} alone" if name != "no_ai_phrase" else f"Looking for {feature} alone"
     sentence = f"{how}{', fewer being better,' if less else ''} ranks {percent(share)} of the pairs right"
     if share.low is None:

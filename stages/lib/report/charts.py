@@ -58,7 +58,7 @@ def histograms(
 ) -> Picture:
     """Distributions over one axis, and a dashed line at the limit, if there is one."""
     longest = max(max(values) for values in series.values())
-    bins = np.linspace(0, max(longest, 1), 41)
+    bins = np.linspace(0, max(longest, 1), 41).tolist()
     with matplotlib.rc_context(SVG_STYLE):
         figure = Figure(figsize=(4.6, 3.0), layout="constrained")
         axes = figure.add_subplot(xlabel=x_label, ylabel="pairs")

@@ -96,7 +96,8 @@ def _checked(section: str, cls: type[S], values: dict[str, Any]) -> S:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"params.yaml: {_in_words(section, cls, error)}") from None
+        words = " ".join(_in_words(section, cls, error).split())  # a key of the data may have line breaks
+        raise UserError(f"params.yaml: {words}") from None
 
 
 def require(condition: bool, message: str) -> None:
