@@ -42,7 +42,7 @@ class FrozenSide:
             for model in (reference, reward_model):
                 cast_linear_layers(model, DTYPES[precision], but=("score",))
         own_memory(reference)
-        own_memory(reward_model.score if self.shares_backbone else reward_model)
+        own_memory(reward_model.get_submodule("score") if self.shares_backbone else reward_model)
 
     @torch.no_grad()
     def judge(self, rollout: Rollout) -> tuple[Rollout, Tensor]:
