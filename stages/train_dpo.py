@@ -2,7 +2,7 @@
 
 Reads   models/base, data/tokenized/pairs_{train,heldout}.parquet, data/reference_logps
         data/tokenized/prompts_judge.parquet    looked at during training, and never trained on
-Writes  models/dpo                          policy weights and tokenizer
+Writes  models/dpo                          policy weights and tokenizer; with lora.rank also adapter/, merged into them
         data/courses/dpo.parquet            the answers to the judge's prompts at every look
         reports/train_dpo/history.csv       one row per optimizer step
         reports/train_dpo/heldout.csv       one row per evaluation on held-out pairs
@@ -27,8 +27,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages.lib.data.reference import other_precision, read_reference_logps
+from stages.lib.model.adapters import (
+    FULL,
+    Lora,
+    TrainedWeights,
+    adapters_learn,
+    adapters_off,
+    add_adapters,
+    save_adapted,
+)
 from stages.lib.model.attention import use_packed_attention
 from stages.lib.model.loading import (
+    freeze,
     load_causal_lm,
     load_tokenizer,
     loss_scale,
@@ -74,6 +84,7 @@ class Params(Section):
     response_length: int = Field(gt=0)  # tokens of these answers, at most
     temperature: float = Field(gt=0)  # of sampling them
     micro_batch_tokens: MicroBatchTokens  # memory dial: tokens per forward and backward pass
+    lora: Lora = FULL  # adapters in place of full fine-tuning
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -231,10 +242,10 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     model = load_causal_lm(root / "models/base", accelerator.device)
     dial = memory_dial(params.micro_batch_tokens, 1536, model, "train_dpo", training=True)
     reading = memory_dial(max_dial(params.micro_batch_tokens), 4096, model, "train_dpo")
-    policy = CompletionLogps(model)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
-    )
+    policy, answering = CompletionLogps(model), TokenLogps(model, params.temperature)
+    adapted = add_adapters(model, params.lora, precision) if params.lora.rank else None
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=params.learning_rate, weight_decay=params.weight_decay, fused=True)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     batches = list(batches_of(len(train), params, base.seed))
     num_steps = len(batches)
@@ -247,17 +258,13 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         judged = read_parquet(root / "data/tokenized/prompts_judge.parquet")
         drawn = draw(len(judged["prompt_id"]), params.look_prompts, base.seed, "look_prompts")
         look_prompts = {judged["prompt_id"][i]: judged["input_ids"][i] for i in drawn}
-        actor = Actor(
-            TokenLogps(model, params.temperature),
-            tokenizer,
-            accelerator,
-            precision,
-            params.response_length,
-            reading,
-        )
+        actor = Actor(answering, tokenizer, accelerator, precision, params.response_length, reading)
     with Checkpoints("train_dpo", root, base, params, sharded) as checkpoints:
         saved = checkpoints.load(
-            model=model, optimizer=optimizer.optimizer, scheduler=scheduler, scaler=accelerator.scaler
+            model=TrainedWeights(model) if adapted else model,
+            optimizer=optimizer.optimizer,
+            scheduler=scheduler,
+            scaler=accelerator.scaler,
         )
         history: list[dict[str, Any]] = saved.get("history", [])
         course = Course(list(look_prompts), saved.get("course", {}))
@@ -267,7 +274,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
 
         def batch(pairs: Pairs, index: list[int], train: bool, micro_batch_tokens: int) -> dict[str, float]:
             sized = params.replace(micro_batch_tokens=micro_batch_tokens)
-            with nullcontext() if train else torch.no_grad(), use_packed_attention(model):
+            with adapters_learn(model) if train else torch.no_grad(), use_packed_attention(model):
                 return run_batch(accelerator, policy, sized, pairs, index, train=train)
 
         def evaluate(step: int) -> None:
@@ -340,13 +347,18 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         weights = accelerator.get_state_dict(policy)  # by all processes together: FSDP joins its parts
         if accelerator.is_main_process:
             if actor:
-                prompts = list(look_prompts.values())
-                course.compare_with(
-                    root / "models/base", prompts, params.temperature, accelerator.device, precision
-                )
+                reference = answering
+                if not adapted:
+                    start = load_causal_lm(root / "models/base", accelerator.device)
+                    reference = TokenLogps(freeze(start), params.temperature)
+                with adapters_off(model):
+                    course.compare_with(reference, list(look_prompts.values()), precision)
             course.write(root / "data/courses/dpo.parquet")
             weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
-            save_model(model, tokenizer, root / "models/dpo", weights)
+            if adapted:
+                save_adapted(adapted, weights, root, "models/base", tokenizer, root / "models/dpo")
+            else:
+                save_model(model, tokenizer, root / "models/dpo", weights)
             write_reports(root, history, evaluations, train_pairs, len(train) - train_pairs, len(heldout))
 
     trained = sum(train.lengths[i] for _, index in batches for i in index)

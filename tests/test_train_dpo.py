@@ -67,7 +67,12 @@ def cpu_and_fresh_accelerate(monkeypatch):
 @pytest.fixture
 def project(tiny_base, tokenizer, embedded_pairs) -> Path:
     """A root with a tiny base, 80 training and 6 held-out pairs, and their reference log-probs in fp32."""
-    for split, rows in (("train", embedded_pairs[:80]), ("heldout", embedded_pairs[80:86])):
+    return write_project(tiny_base, tokenizer, embedded_pairs[:80], embedded_pairs[80:86])
+
+
+def write_project(root: Path, tokenizer, train: list[dict], heldout: list[dict]) -> Path:
+    """What train_dpo reads beside the base that is there, reference log-probs in fp32."""
+    for split, rows in (("train", train), ("heldout", heldout)):
         ids = [
             tokenize_row(apply_chat_template(to_implicit_prompt_preferences(row), tokenizer), tokenizer)
             for row in rows
@@ -75,11 +80,11 @@ def project(tiny_base, tokenizer, embedded_pairs) -> Path:
         columns = {"row": list(range(1, len(rows) + 1)), "prompt_id": list(range(len(rows)))}
         for name in ids[0]:
             columns[name] = pa.array([row[name] for row in ids], pa.list_(pa.int32()))
-        write_parquet(tiny_base / f"data/tokenized/pairs_{split}.parquet", columns)
-    write_negatives(tiny_base)
-    write_judge_prompts(tiny_base)
-    reference_logps.main(BASE, reference_logps.Params(micro_batch_tokens=2000), tiny_base)
-    return tiny_base
+        write_parquet(root / f"data/tokenized/pairs_{split}.parquet", columns)
+    write_negatives(root)
+    write_judge_prompts(root)
+    reference_logps.main(BASE, reference_logps.Params(micro_batch_tokens=2000), root)
+    return root
 
 
 def history_of(root: Path) -> list[dict[str, float]]:

@@ -167,11 +167,11 @@ class _RMSNorm(torch.autograd.Function):
         return (weight * (x * inverse_rms)).to(dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, inverse_rms = ctx.saved_tensors
         normalized = x * inverse_rms
         grad = grad.float()
-        grad_weight = (grad * normalized).flatten(0, -2).sum(0)
+        grad_weight = (grad * normalized).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         grad = grad * weight
         along_x = (grad * normalized).mean(-1, keepdim=True)  # what would only scale x changes nothing
         return (grad - normalized * along_x) * inverse_rms, grad_weight, None, None

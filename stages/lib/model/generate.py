@@ -119,11 +119,15 @@ def generate(
 
 
 def in_precision(model: PreTrainedModel, precision: str) -> PreTrainedModel:
-    """The model itself where its weights have that precision already, else a copy of it that has."""
+    """The model itself where its weights have that precision already, else a copy of it that has.
+
+    The weights that have it are shared with the copy: of a model with adapters, all frozen linear layers.
+    """
     dtype = DTYPES[precision]
-    if all(parameter.dtype == dtype for parameter in model.parameters()):
+    shared = {id(parameter): parameter for parameter in model.parameters() if parameter.dtype == dtype}
+    if len(shared) == len(list(model.parameters())):
         return model
-    copied = copy.deepcopy(model)
+    copied = copy.deepcopy(model, shared)
     for parameter in copied.parameters():  # not the buffers: rotary frequencies in bf16 lose the positions
         parameter.data = parameter.data.to(dtype)
     return copied

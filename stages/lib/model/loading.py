@@ -6,8 +6,10 @@ import random
 import shutil
 import sys
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -201,14 +203,17 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     weights: dict[str, torch.Tensor] | None = None,
+    beside: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
     """One safetensors file, configuration and tokenizer: no pickle, no optimizer state, no shards.
 
     Written beside `folder` and moved in file by file: the old ones may be hard links into DVC's cache, which
-    writing in place would change, and a killed or full-disk run leaves no half a model.
+    writing in place would change, and a killed or full-disk run leaves no half a model. Of an earlier model's
+    folders none stays.
 
     Args:
         weights: the model's state dict, where the model itself may hold only a part of it; None: its own.
+        beside: folders that are copied into `folder`, by their names there.
 
     Raises:
         NoRoomError: the disk cannot hold the model; `folder` is as it was.
@@ -223,7 +228,11 @@ def save_model(
     try:
         model.save_pretrained(partial, state_dict=weights, max_shard_size="100GB")
         tokenizer.save_pretrained(partial)
+        for name, source in beside.items():
+            shutil.copytree(source, partial / name)
         folder.mkdir(exist_ok=True)
+        for old in (entry for entry in folder.iterdir() if entry.is_dir()):
+            shutil.rmtree(old)
         for file in sorted(partial.iterdir()):
             os.replace(file, folder / file.name)
     except Exception as error:

@@ -81,11 +81,11 @@ class _TokenLogps(torch.autograd.Function):
         return label_logits - log_normalizer, entropies
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor | None, None, None]:
         hidden, weight, labels, log_normalizer = ctx.saved_tensors
         step = _slice_rows(hidden)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        grad_weight = torch.empty_like(weight)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None  # not of a frozen layer
         for start in range(0, len(weight), step):
             part = weight[start : start + step].to(hidden.dtype)
             # d logp / d logits = one-hot(label) - softmax(logits)
@@ -97,7 +97,8 @@ class _TokenLogps(torch.autograd.Function):
             grad_logits.scatter_add_(1, here.clamp(0, len(part) - 1)[:, None], inside[:, None].float())
             grad_logits = (grad_logits.mul_(grad[:, None])).to(hidden.dtype)
             grad_hidden += grad_logits @ part
-            grad_weight[start : start + step] = grad_logits.T @ hidden
+            if grad_weight is not None:
+                grad_weight[start : start + step] = grad_logits.T @ hidden
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 

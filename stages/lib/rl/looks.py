@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stages.lib.data.repetition import rep_n
-from stages.lib.model.loading import freeze, load_causal_lm
 from stages.lib.model.logps import TokenLogps, read_answers
 from stages.lib.rl.rewards import sum_by_answer
 from stages.lib.rl.rollout import Rollout
@@ -68,20 +67,17 @@ class Course:
         for name, values in rows.items():
             self.columns.setdefault(name, []).extend(values)
 
-    def compare_with(
-        self, reference: Path, prompts: list[list[int]], temperature: float, device: torch.device, precision: str
-    ) -> None:
+    def compare_with(self, reference: TokenLogps, prompts: list[list[int]], precision: str) -> None:
         """Fills in the reference's log-probs of all answers.
 
         Args:
-            reference: its folder.
+            reference: at the temperature that the answers were sampled at.
             prompts: token ids, in the order of `prompt_ids`.
         """
-        model = TokenLogps(freeze(load_causal_lm(reference, device)), temperature)
         responses = self.columns.get("response_ids", [])
         asked = prompts * (len(responses) // len(prompts))
         if responses:
-            logps, _ = read_answers(model, asked, responses, 4096, precision, "course under the reference")
+            logps, _ = read_answers(reference, asked, responses, 4096, precision, "course under the reference")
             lengths = torch.tensor([len(response) for response in responses])
             self.columns["ref_logp"] = sum_by_answer(logps, lengths).tolist()
 

@@ -105,7 +105,8 @@ class Actor:
         """
         if self.sampler is not self.policy.model:
             for copied, trained in zip(self.sampler.parameters(), self.policy.model.parameters(), strict=True):
-                copied.copy_(trained)
+                if copied is not trained:
+                    copied.copy_(trained)
         places = list(range(self.accelerator.process_index, len(prompts), self.accelerator.num_processes))
         generator = torch.Generator().manual_seed(seed)
         uniforms = torch.rand(len(prompts), self.response_length, generator=generator)

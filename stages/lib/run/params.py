@@ -65,12 +65,17 @@ def read_params(root: Path = Path(".")) -> dict[str, Any]:
 
 
 def load_params(section: str, cls: type[S], root: Path = Path(".")) -> S:
-    """One section of params.yaml as `cls`.
+    """One section of params.yaml as `cls`; a field that is itself a Section is the section of that name.
 
     Raises:
         UserError: the section or a key is missing, unknown, of the wrong type, out of bounds or refused by `cls`.
     """
-    return _checked(section, cls, _section(section, root))
+    values = _section(section, root)
+    for name, field in cls.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            require(name not in values, f"params.yaml: '{section}.{name}' is unknown: '{name}' is a section of its own")
+            values = values | {name: load_params(name, field.annotation, root)}
+    return _checked(section, cls, values)
 
 
 def load_param(section: str, key: str, kind: Any, root: Path = Path(".")) -> Any:

@@ -1,0 +1,160 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685), by PEFT: a frozen model, and small matrices beside its linear layers.
+
+One set of weights is policy and reference: with its adapters off the model is the one it was, bit for bit. The frozen
+linear layers are held in the precision that autocast would multiply in, the adapters in float32.
+
+PEFT is imported where adapters are asked for: without them, no stage waits for it.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stages.lib.model.loading import DTYPES, cast_linear_layers, freeze, load_causal_lm, own_memory, save_model
+from stages.lib.run.artefacts import read_json, write_json
+from stages.lib.run.errors import UserError
+from stages.lib.run.params import Section
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+FOLDER = "adapter"  # beside the full weights that it was merged into
+OUTER = "base_model.model."  # what PEFT puts before a weight's name
+
+
+class Lora(Section):
+    """The section `lora`, which the training stages share."""
+
+    rank: int | None = Field(gt=0)  # of every adapter; null: full fine-tuning
+    alpha: float = Field(gt=0)  # an adapter's product counts alpha / rank times
+    dropout: float = Field(ge=0, lt=1)  # of what goes into the adapters, in training
+    targets: Literal["all-linear"] | list[str]  # which layers: all linear ones but the output layer, or by name
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.targets:
+            raise ValueError("targets is empty; all-linear, or names such as q_proj")
+        return self
+
+
+FULL = Lora(rank=None, alpha=32.0, dropout=0.0, targets="all-linear")
+
+
+def add_adapters(model: PreTrainedModel, lora: Lora, precision: str) -> "PeftModel":
+    """Freezes the model and puts fresh adapters beside its linear layers, in place: they change nothing yet.
+
+    Their weights are drawn here: seed first. In a precision below fp32 the frozen linear layers take it.
+
+    Returns:
+        PEFT's view of the model, whose only trainable parameters are the adapters'.
+
+    Raises:
+        UserError: no layer of the model has a name that `lora.targets` lists.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    freeze(model)
+    if precision != "fp32":
+        cast_linear_layers(model, DTYPES[precision])
+    own_memory(model)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+    )
+    try:
+        adapted = get_peft_model(model, config)  # adapters of half-precision layers are float32 (PEFT 0.21)
+    except ValueError as error:
+        raise UserError(f"params.yaml: lora.targets does not fit {type(model).__name__}: {error}") from error
+    adapted.eval()
+    for layer in _adapted_layers(model):
+        layer.cast_input_dtype_enabled = False  # autocast does it, and once for the layers that share their input
+    return adapted
+
+
+def _adapted_layers(model: nn.Module) -> list[Any]:
+    """The layers with an adapter; none in a model without, which PEFT is not imported for."""
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    return [layer for layer in layers if hasattr(layer, "enable_adapters")]
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was without its adapters, inside the block; of one that has none, the model itself."""
+    layers = _adapted_layers(model)
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+@contextmanager
+def adapters_learn(model: nn.Module) -> Iterator[None]:
+    """Their dropout acts inside the block, and nowhere else."""
+    drops = [drop for layer in _adapted_layers(model) for drop in layer.lora_dropout.values()]
+    for drop in drops:
+        drop.train()
+    try:
+        yield
+    finally:
+        for drop in drops:
+            drop.eval()
+
+
+class TrainedWeights:
+    """What a checkpoint keeps of a model with adapters: these alone."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.names = {name for name, weight in model.named_parameters() if weight.requires_grad}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: weight for name, weight in self.model.state_dict().items() if name in self.names}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        found = self.model.load_state_dict(state, strict=False)
+        unfit = sorted(self.names & set(found.missing_keys)) + sorted(found.unexpected_keys)
+        if unfit:
+            raise ValueError(f"the checkpoint is of other adapters: {unfit[0]}")
+
+
+def save_adapted(
+    adapted: "PeftModel",
+    weights: dict[str, Tensor],
+    root: Path,
+    base: str,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """The model that base and adapters make, as `save_model` writes it, and in `folder`/adapter the adapters alone.
+
+    Args:
+        weights: of the model, under its own names; those of the adapters are taken.
+        base: the model that the adapters were put on, a folder under `root`; the adapters name it as their base.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        adapter = Path(scratch)
+        adapted.save_pretrained(adapter, state_dict={OUTER + name: weight for name, weight in weights.items()})
+        (adapter / "README.md").unlink()  # PEFT's form of a card
+        settings = read_json(adapter / "adapter_config.json")
+        write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": base})
+        save_model(merged(root / base, adapter), tokenizer, folder, beside={FOLDER: adapter})
+
+
+def merged(base: Path, adapter: Path) -> PreTrainedModel:
+    """The model in `base` with the adapters in `adapter` added to its weights: float32, on the CPU."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(load_causal_lm(base), str(adapter), local_files_only=True)
+    return model.merge_and_unload()
