@@ -29,7 +29,7 @@ from stages.lib.hub.cards import LANGUAGE, LICENSES, PICTURES, SUFFIXES, Facts, 
 from stages.lib.hub.folder import replaced_folder, size_of, take, take_model
 from stages.lib.hub.upload import Account, connect, publish_collection, publish_repository, require_own
 from stages.lib.report.files import ReportFiles
-from stages.lib.run.artefacts import sha256_of_file, write_json
+from stages.lib.run.artefacts import read_json, sha256_of_file, write_json
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, Section, read_params
 from stages.lib.run.stage import run_stage
@@ -117,6 +117,9 @@ def read_facts(root: Path, params: Params, owner: str, seed: int) -> Facts:
 def render_repository(root: Path, kind: Kind, facts: Facts, folder: Path) -> None:
     """Weights, tokenizer, numbers and pictures of one model, and the card last."""
     take_model(root / f"models/{kind}", folder)
+    adapter = folder / "adapter/adapter_config.json"
+    if adapter.exists() and facts.base_id:  # trained here, it names a folder of this machine
+        write_json(adapter, read_json(adapter) | {"base_model_name_or_path": facts.base_id})
     take(root / f"reports/train_{kind}/metrics.json", folder / "metrics.json")
     if kind != "reward":
         take(root / "reports/score_responses/scorecard.csv", folder / "scorecard.csv")

@@ -228,6 +228,10 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     device = pick_device()
     precision = pick_precision(base.precision, device)
     accelerator = make_accelerator(device, precision)
+    if params.lora.rank and accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError(
+            "adapters are trained beside a whole base in every process: LAUNCH it with torchrun, not FSDP"
+        )
     set_seed(base.seed)
     if (warning := other_precision(root, precision)) and accelerator.is_main_process:
         print(f"train_dpo: warning: {warning}")

@@ -116,7 +116,7 @@ def test_the_base_keys_a_script_reads_are_its_params(stage):
 
 def test_every_section_of_params_belongs_to_a_stage():
     sections = YAML(typ="safe").load((REPO / "params.yaml").read_text())
-    assert list(sections) == ["base", *IN_ORDER]
+    assert list(sections) == ["base", "lora", *IN_ORDER]
 
 
 def _name(entry: str | dict) -> str:

@@ -60,7 +60,9 @@ def test_it_starts_at_ln_2_learns_and_leaves_base_plus_adapter_in_both_forms(pro
     changed = {name for name in base if not torch.equal(full[name], base[name])}
     assert changed == {name for name in base if "_proj" in name}  # no norm, and not the tied embedding
     monkeypatch.chdir(project)  # the adapter names models/base
-    by_peft = AutoPeftModelForCausalLM.from_pretrained("models/dpo/adapter", dtype=torch.float32).merge_and_unload()
+    by_peft = AutoPeftModelForCausalLM.from_pretrained(
+        "models/dpo/adapter", dtype=torch.float32
+    ).merge_and_unload()
     for name, weight in by_peft.state_dict().items():
         if name in full:
             assert torch.equal(weight, full[name]), name

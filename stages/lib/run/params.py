@@ -73,7 +73,9 @@ def load_params(section: str, cls: type[S], root: Path = Path(".")) -> S:
     values = _section(section, root)
     for name, field in cls.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            require(name not in values, f"params.yaml: '{section}.{name}' is unknown: '{name}' is a section of its own")
+            require(
+                name not in values, f"params.yaml: '{section}.{name}' is unknown: '{name}' is a section of its own"
+            )
             values = values | {name: load_params(name, field.annotation, root)}
     return _checked(section, cls, values)
 
