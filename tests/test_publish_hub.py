@@ -545,3 +545,21 @@ def test_what_was_not_published_from_here_is_left_alone_unless_asked_for(root, h
     assert repository.head.files == before and repository.private == private
     set_params(root, replace_others="true")
     assert run(root, hub.env())[0] == 0 and "run.md" in repository.head.files
+
+
+def test_an_adapter_goes_along_and_names_the_base_on_the_hub_and_the_card_says_so(root):
+    adapter = root / "models/dpo/adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "models/base", "r": 16}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    text = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(text.replace("  rank: null ", "  rank: 16 "))
+    main(BASE, params(), root)
+    (published,) = (root / "models/hub").glob("*-dpo")
+    base_id = read_json(root / "reports/fetch_base/metrics.json")["hub_id"]
+    settings = read_json(published / "adapter/adapter_config.json")
+    assert base_id and settings == {"base_model_name_or_path": base_id, "r": 16}
+    assert (published / "adapter/adapter_model.safetensors").read_bytes() == b"weights"
+    assert read_json(adapter / "adapter_config.json")["base_model_name_or_path"] == "models/base"
+    card = (published / "README.md").read_text()
+    assert "of rank 16 beside the frozen base were trained" in card and "weights were trained" not in card

@@ -66,7 +66,7 @@ def add_adapters(model: PreTrainedModel, lora: Lora, precision: str) -> "PeftMod
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]: PEFT 0.21 takes any number
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
     )
@@ -145,7 +145,9 @@ def save_adapted(
     """
     with tempfile.TemporaryDirectory() as scratch:
         adapter = Path(scratch)
-        adapted.save_pretrained(adapter, state_dict={OUTER + name: weight for name, weight in weights.items()})
+        adapted.save_pretrained(
+            str(adapter), state_dict={OUTER + name: weight for name, weight in weights.items()}
+        )
         (adapter / "README.md").unlink()  # PEFT's form of a card
         settings = read_json(adapter / "adapter_config.json")
         write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": base})
