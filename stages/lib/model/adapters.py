@@ -59,6 +59,7 @@ def add_adapters(model: PreTrainedModel, lora: Lora, precision: str) -> "PeftMod
     """
     from peft import LoraConfig, get_peft_model
 
+    assert lora.rank is not None
     freeze(model)
     if precision != "fp32":
         cast_linear_layers(model, DTYPES[precision])
