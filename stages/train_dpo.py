@@ -301,35 +301,37 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
             hidden = not accelerator.is_main_process
             bar = tqdm(batches[done:], "train_dpo", num_steps, initial=done, unit="step", disable=hidden)
             for step, (epoch, index) in enumerate(bar, start=done + 1):
-                # 1. Log-probs of both completions, loss and gradients, summed over micro-batches
-                metrics = dial.run(batch, train, index, train=True, undo=optimizer.zero_grad)
-                rows = [train.rows[i] for i in index]
-                if not math.isfinite(metrics["loss"]):
-                    raise non_finite(root, step, rows, "loss", metrics)
-                # 2. One optimizer step on the mean gradient of the batch
-                max_grad_norm = params.max_grad_norm or math.inf
-                grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), max_grad_norm))
-                if accelerator.scaler is None and not math.isfinite(grad_norm):
-                    raise non_finite(root, step, rows, "gradient's norm", metrics | {"gradient's norm": grad_norm})
-                learning_rate, scale = scheduler.get_last_lr()[0], loss_scale(accelerator)
-                optimizer.step()
-                optimizer.zero_grad()
-                skipped = (
-                    loss_scale(accelerator) < scale
-                )  # the gradient overflowed fp16, and the step was not made
-                if not skipped:
-                    scheduler.step()
-                elif loss_scale(accelerator) < 1:
-                    raise non_finite(root, step, rows, "gradient's norm", metrics | {"gradient's norm": grad_norm})
+                rows, skipped = [train.rows[i] for i in index], 0
+                while True:
+                    # 1. Log-probs of both completions, loss and gradients, summed over micro-batches
+                    metrics = dial.run(batch, train, index, train=True, undo=optimizer.zero_grad)
+                    if not math.isfinite(metrics["loss"]):
+                        raise non_finite(root, step, rows, "loss", metrics)
+                    # 2. One optimizer step on the mean gradient of the batch
+                    max_grad_norm = params.max_grad_norm or math.inf
+                    grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), max_grad_norm))
+                    learning_rate, scale = scheduler.get_last_lr()[0], loss_scale(accelerator)
+                    overflowed = metrics | {"gradient's norm": grad_norm}
+                    if accelerator.scaler is None and not math.isfinite(grad_norm):
+                        raise non_finite(root, step, rows, "gradient's norm", overflowed)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    if loss_scale(accelerator) >= scale:
+                        break
+                    # the gradient overflowed fp16: no step was made and the scale is halved; the batch again
+                    skipped += 1
+                    if loss_scale(accelerator) < 1:
+                        raise non_finite(root, step, rows, "gradient's norm", overflowed)
+                scheduler.step()
                 # 3. What happened
                 history.append(
                     {
                         "step": step,
                         "epoch": epoch,
                         **metrics,
-                        "grad_norm": 0.0 if skipped else grad_norm,
+                        "grad_norm": grad_norm,
                         "learning_rate": learning_rate,
-                        "skipped": int(skipped),
+                        "skipped": skipped,
                     }
                 )
                 seen = {}
@@ -346,8 +348,6 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
                     history=history, evaluations=evaluations, course=course.columns, looks=looks
                 )
 
-        if all(row["skipped"] for row in history):
-            raise UserError("the gradient of every step overflowed fp16; set base.precision=fp32")
         weights = accelerator.get_state_dict(policy)  # by all processes together: FSDP joins its parts
         if accelerator.is_main_process:
             if actor:

@@ -263,19 +263,20 @@ def test_a_non_finite_loss_stops_with_step_and_rows_and_leaves_the_old_model(pro
     assert record["step"] >= 2 and len(record["rows"]) == 4
 
 
-def spoilt_gradient(monkeypatch, number):
-    """The loss of the `number`th training batch stays finite, its gradient does not."""
-    original, calls = train_dpo.run_batch, 0
+def spoilt_gradient(monkeypatch, when):
+    """The loss of a training batch stays finite, its gradient does not `when(number of the try)`; rows of all tries."""
+    original, tries = train_dpo.run_batch, []
 
     def run_batch(accelerator, policy, params, pairs, index, *, train):
-        nonlocal calls
         metrics = original(accelerator, policy, params, pairs, index, train=train)
-        calls += train
-        if train and calls == number:
-            next(policy.parameters()).grad[0, 0] = math.nan
+        if train:
+            tries.append(index)
+            if when(len(tries)):
+                next(policy.parameters()).grad[0, 0] = math.nan
         return metrics
 
     monkeypatch.setattr(train_dpo, "run_batch", run_batch)
+    return tries
 
 
 def test_a_gradient_that_is_not_finite_stops_before_its_step_and_the_checkpoint_stays_good(project, monkeypatch):
@@ -284,7 +285,7 @@ def test_a_gradient_that_is_not_finite_stops_before_its_step_and_the_checkpoint_
     index = list(train_dpo.batches_of(80, PARAMS, BASE.seed))[3][1]
     monkeypatch.setenv("CHECKPOINT_MINUTES", "0")
     with monkeypatch.context() as spoiling:
-        spoilt_gradient(spoiling, 4)
+        spoilt_gradient(spoiling, lambda number: number == 4)
         with pytest.raises(UserError, match="step 4: the gradient's norm is nan; pairs of rows") as error:
             train_dpo.main(BASE, PARAMS, project)
     assert str([i + 1 for i in index]) in str(error.value)
@@ -314,23 +315,27 @@ def test_fp16_trains_from_its_first_step(project, fp16):
     assert history[-1]["loss"] < history[0]["loss"] and all(row["grad_norm"] > 0 for row in history)
 
 
-def test_steps_that_overflow_are_counted_and_the_schedule_waits_for_them(project, fp16, monkeypatch):
+def test_a_batch_that_overflows_is_taken_again_and_the_run_is_as_if_it_had_not(project, fp16, monkeypatch):
+    train_dpo.main(FP16, PARAMS, project)
+    expected = history_of(project)
+    AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(loading, "INITIAL_LOSS_SCALE", 2.0**24)
     train_dpo.main(FP16, PARAMS, project)
     history = history_of(project)
     skipped = sum(int(row["skipped"]) for row in history)
-    assert 4 <= skipped < 20 and read_json(project / "reports/train_dpo/metrics.json")["skipped"] == skipped
-    made = [row for row in history if not row["skipped"]]
-    assert all(row["skipped"] and row["learning_rate"] == 1e-3 for row in history[:skipped])
-    assert [row["learning_rate"] for row in made] == pytest.approx(
-        [1e-3 * (20 - i) / 20 for i in range(len(made))]
-    )
+    assert skipped >= 4 and read_json(project / "reports/train_dpo/metrics.json")["skipped"] == skipped
+    # what fits at 2^10 fits at its multiples below the overflow: the same steps but for fp16's smallest numbers
+    assert [row["learning_rate"] for row in history] == pytest.approx([1e-3 * (20 - i) / 20 for i in range(20)])
+    for one, other in zip(expected, history, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=5e-3)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=2e-2)
 
 
-def test_a_run_of_which_no_step_was_made_is_an_error(project, fp16, monkeypatch):
-    monkeypatch.setattr(loading, "INITIAL_LOSS_SCALE", 2.0**60)
-    with pytest.raises(UserError, match="every step overflowed fp16; set base.precision=fp32"):
-        train_dpo.main(FP16, PARAMS.replace(max_steps=3), project)
+def test_a_gradient_that_overflows_at_any_scale_is_an_error(project, fp16, monkeypatch):
+    tries = spoilt_gradient(monkeypatch, lambda number: number >= 3)
+    with pytest.raises(UserError, match="step 3: the gradient's norm is .*; pairs of rows .*base.precision=fp32"):
+        train_dpo.main(FP16, PARAMS, project)
+    assert len(tries) == 2 + 11  # at the scales 2^10 to 2^0
     assert not (project / "models/dpo").exists()
 
 
