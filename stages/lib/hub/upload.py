@@ -36,6 +36,7 @@ from huggingface_hub.utils._http import default_client_factory  # private: the v
 
 from stages.lib.run.artefacts import sha256_of_file
 from stages.lib.run.errors import UserError
+from stages.lib.run.retry_after import retry_after
 
 T = TypeVar("T")
 
@@ -260,8 +261,7 @@ def _asked_to_wait(error: Exception) -> float:
     limit = parse_ratelimit_headers(error.response.headers)
     if limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)
-    after = error.response.headers.get("Retry-After", "")
-    return float(after) if after.isdigit() else 0.0
+    return retry_after(error.response.headers)
 
 
 def _explain(what: str, error: Exception) -> str:

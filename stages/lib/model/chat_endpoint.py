@@ -10,8 +10,6 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -21,6 +19,7 @@ from tqdm import tqdm
 
 from stages.lib.run.artefacts import write_json
 from stages.lib.run.errors import UserError
+from stages.lib.run.retry_after import retry_after
 
 OPENAI = "https://api.openai.com/v1"
 FIRST_WAIT = 1.0  # seconds before the first new try, doubled before each further one
@@ -158,7 +157,7 @@ def _ask_one(
             if response.status_code == 200:
                 return _parse(response, endpoint, key)
             problem = _refusal(response, endpoint, request, key)
-            asked_to_wait = _asked_to_wait(response)
+            asked_to_wait = retry_after(response.headers)
         passing = response is None or response.status_code in PASSING
         if not passing or tried == endpoint.retries or asked_to_wait > LONGEST_WAIT:
             raise EndpointError(f"{problem}; {KEPT}")
@@ -219,16 +218,3 @@ def _quote(response: httpx2.Response, key: str) -> str:
     said = " ".join(str(said).replace(key, "[the key]").split())
     said = "".join(character for character in said if character.isprintable())
     return f' ("{said[:LONGEST_QUOTE]}")' if said else ""
-
-
-def _asked_to_wait(response: httpx2.Response) -> float:
-    """Seconds of Retry-After, which may be a number or a date; 0 where there is none or neither."""
-    after = response.headers.get("Retry-After", "").strip()
-    if after.isascii() and after.isdigit():
-        return float(after)
-    try:
-        until = parsedate_to_datetime(after)
-    except (ValueError, OverflowError):
-        return 0.0
-    until = until if until.tzinfo else until.replace(tzinfo=UTC)
-    return max(0.0, (until - datetime.now(UTC)).total_seconds())
