@@ -7,8 +7,8 @@ Writes  nothing; exits with 1 if anything differs
 Run     python -m stages.check_hub       after a push; HF_TOKEN or `hf auth login` for private repositories
 
 Every file must have the hash that the receipt names; DPO and PPO must answer "What's your morning routine
-like?" greedily with the very tokens of the local models; the reward model must give the stored example the same
-scores as the local one, the chosen answer above the rejected.
+like?" greedily with the very tokens of the local models; the reward model must give the stored example (where none
+could be shown: an answer of ours) the same scores as the local one, the chosen answer above the rejected.
 """
 
 import sys
@@ -26,6 +26,7 @@ from stages.lib.run.errors import UserError
 
 QUESTION = "What's your morning routine like?"
 NEW_TOKENS = 256
+ANSWER = "I love to start with a walk. What about you?"
 
 
 def main(root: Path = Path("."), new_tokens: int = NEW_TOKENS) -> None:
@@ -66,16 +67,22 @@ def check_answer(repo_id: str, downloaded: Path, local: Path, new_tokens: int) -
 
 def check_scores(repo_id: str, downloaded: Path, local: Path) -> None:
     """The downloaded reward model scores the stored example like the local one, and the chosen answer higher."""
-    example = read_json(downloaded / "example.json")
+    path = downloaded / "example.json"
+    example = read_json(path) if path.is_file() else {"prompt": QUESTION, "chosen": ANSWER}
     prompt = example.get("messages") or [{"role": "user", "content": example["prompt"]}]
     asked = prompt, example.get("tools")
-    chosen, rejected = (score(downloaded, *asked, example[side]) for side in ("chosen", "rejected"))
-    here = [score(local, *asked, example[side]) for side in ("chosen", "rejected")]
-    if [chosen, rejected] != here:
-        raise UserError(f"{repo_id}: scores {chosen}, {rejected} where {local} scores {here[0]}, {here[1]}")
-    if chosen <= rejected:
-        raise UserError(f"{repo_id}: scores the chosen answer of example.json {chosen}, the rejected {rejected}")
-    print(f"{repo_id}: the same scores as {local}: chosen {chosen:.3f}, rejected {rejected:.3f}")
+    answers = {side: example[side] for side in ("chosen", "rejected") if side in example}
+    there, here = (
+        {side: score(folder, *asked, text) for side, text in answers.items()} for folder in (downloaded, local)
+    )
+    if there != here:
+        raise UserError(f"{repo_id}: scores {there} where {local} scores {here}")
+    if "rejected" in there and there["chosen"] <= there["rejected"]:
+        raise UserError(f"{repo_id}: of example.json's answers the rejected has the higher score: {there}")
+    print(
+        f"{repo_id}: the same scores as {local}: "
+        + ", ".join(f"{side} {value:.3f}" for side, value in there.items())
+    )
 
 
 @torch.no_grad()

@@ -15,6 +15,9 @@ run without cause (seconds, machine, Git revision) is in run.md beside each card
 .dvcignore keeps it out of the hash of models/hub, but it is uploaded with the rest. The usage snippet names the
 owner of the repository. Unless publish_hub.owner does, only a token tells who that is, so cards rendered without
 push have a placeholder there.
+
+Prompts, answers and pairs of data that not everyone may read (a file of one's own; a private or gated set on the Hub)
+are left out of a public repository, unless publish_hub.show_private_texts.
 """
 
 from pathlib import Path
@@ -55,6 +58,7 @@ class Params(Section):
     license: str  # an identifier of the Hub's list
     language: str  # ISO 639
     private: dict[str, bool]  # by dpo, reward, ppo
+    show_private_texts: bool  # texts of data that is not public also on a public repository's card
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -87,6 +91,11 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     with replaced_folder(root / "models/hub", size) as partial:
         for kind, folder in folders.items():
             render_repository(root, kind, facts, partial / folder.name)
+            if facts.hides_texts(kind):
+                print(
+                    f"{folder.name} is public and the data is not: its prompts and answers are left out "
+                    "(publish_hub.show_private_texts)"
+                )
     print(f"wrote models/hub: {', '.join(folder.name for folder in folders.values())}")
 
     receipt = receipt_of(folders, params)
@@ -105,6 +114,7 @@ def read_facts(root: Path, params: Params, owner: str, seed: int) -> Facts:
         license=params.license,
         language=params.language,
         private=params.private,
+        show_private_texts=params.show_private_texts,
         seed=seed,
         params=read_params(root),
         reports=reports,
@@ -125,7 +135,7 @@ def render_repository(root: Path, kind: Kind, facts: Facts, folder: Path) -> Non
         take(root / "reports/score_responses/scorecard.csv", folder / "scorecard.csv")
     for picture in PICTURES[kind]:
         take(root / picture.source, folder / "pictures" / picture.file)
-    if kind == "reward":
+    if kind == "reward" and not facts.hides_texts(kind):
         write_json(folder / "example.json", facts.example)
     run = render_run(read_runs(facts.reports, STAGES))
     (folder / RUN).write_text(run, encoding="utf-8", newline="\n")

@@ -21,7 +21,14 @@ from stages.check_hub import main as check_hub
 from stages.lib.hub import folder as hub_folder
 from stages.lib.hub.card_facts import read_example
 from stages.lib.report.files import ReportFiles
-from stages.lib.run.artefacts import NoRoomError, read_json, read_parquet, sha256_of_file, write_parquet
+from stages.lib.run.artefacts import (
+    NoRoomError,
+    read_json,
+    read_parquet,
+    sha256_of_file,
+    write_json,
+    write_parquet,
+)
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, load_params
 from stages.publish_hub import Params, main
@@ -65,6 +72,7 @@ def params(**changes) -> Params:
     settings = dict(
         name="llm-course-hw2", owner=None, push=False, replace_others=False, license="apache-2.0", language="en"
     )
+    settings |= {"show_private_texts": False}
     return Params(**settings | {"private": {"dpo": True, "reward": True, "ppo": False}} | changes)
 
 
@@ -494,6 +502,26 @@ def make_the_example_hold(root: Path) -> None:
         pairs = read_parquet(root / "data/pairs/heldout.parquet")
         pairs["chosen"], pairs["rejected"] = pairs["rejected"], pairs["chosen"]
         write_parquet(root / "data/pairs/heldout.parquet", pairs)
+
+
+def test_no_text_of_private_data_reaches_a_public_repository(root, hub, embedded_pairs):
+    report = root / "reports/fetch_pairs/metrics.json"
+    write_json(report, read_json(report) | {"source": "ours.jsonl", "sha256": "cd" * 32})
+    set_params(root, push="true")
+    text = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(text.replace("    reward: true", "    reward: false"))
+    status, printed = run(root, hub.env())
+    assert (
+        status == 0 and printed.count("is public and the data is not: its prompts and answers are left out") == 2
+    )
+    words = [pair[name][:30].encode() for pair in embedded_pairs[:12] for name in ("prompt", "chosen", "rejected")]
+    published = {kind: hub.tree(f"tester/{name}") for kind, name in NAMES.items()}
+    for kind, files in published.items():
+        texts = [content for path, content in files.items() if path.endswith((".md", ".json", ".csv"))]
+        found = [word for word in words if any(word in content for content in texts)]
+        assert bool(found) == (kind == "dpo"), kind  # which is private
+    assert "example.json" not in published["reward"]
+    assert run(root, hub.env() | {"PYTHONPATH": str(REPO)}, module="stages.check_hub")[0] == 0
 
 
 def test_the_check_before_any_push_says_what_to_do(root):

@@ -13,7 +13,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from huggingface_hub import HfApi
 
+from stages.lib.data import hub_source
 from stages.lib.data.hub_source import file_license
 from stages.lib.run.artefacts import read_json, read_parquet
 from tests.conftest import REPO
@@ -28,6 +30,7 @@ class Hub(BaseHTTPRequestHandler):
 
     folder: Path
     requests: list[str]
+    private, gated = False, False
 
     def do_HEAD(self):
         self.answer(body=False)
@@ -49,7 +52,8 @@ class Hub(BaseHTTPRequestHandler):
                 return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             if what == "revision":
                 listing = [{"rfilename": name} for name in files]
-                answer = {"id": repo, "_id": "1", "sha": COMMIT, "siblings": listing, "private": False, "tags": []}
+                answer = {"id": repo, "_id": "1", "sha": COMMIT, "siblings": listing, "tags": []}
+                answer |= {"private": self.private, "gated": self.gated}
             else:
                 answer = [self.entry(name, file) for name, file in files.items()]
             return self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"}, body)
@@ -138,7 +142,7 @@ def test_a_data_set_is_downloaded_at_its_commit(tmp_path, hub):
     assert "may move" not in done.stderr
     metrics = read_json(tmp_path / "reports/fetch_pairs/metrics.json")
     assert metrics["source"] == "lab/pairs" and metrics["revision"] == COMMIT and metrics["license"] == "mit"
-    assert metrics["read"] == metrics["kept"] == 336
+    assert metrics["read"] == metrics["kept"] == 336 and metrics["public"] is True
     rows = [
         row
         for split in ("train", "heldout", "judge")
@@ -238,6 +242,22 @@ def test_what_the_hub_does_not_have_is_one_clear_line(tmp_path, hub, stage, para
     done = run_stage(tmp_path, hub, stage, **params)
     assert done.returncode == 1
     assert done.stderr.startswith(f"{stage}: error: {words}") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("private", "gated", "public"),
+    [(False, False, True), (True, False, False), (False, "auto", False), (False, "manual", False)],
+)
+def test_public_is_what_everyone_may_read_without_asking(hub, monkeypatch, private, gated, public):
+    publish(hub, "lab/pairs", {"a.jsonl": ""})
+    hub.private, hub.gated = private, gated
+    monkeypatch.setattr(hub_source, "HfApi", lambda: HfApi(endpoint=hub.env["HF_ENDPOINT"], token=False))
+    assert hub_source.is_public("lab/pairs", COMMIT) is public
+
+
+def test_whether_a_data_set_is_public_is_unknown_where_the_hub_cannot_be_asked(monkeypatch):
+    monkeypatch.setattr(hub_source, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9", token=False))
+    assert hub_source.is_public("lab/pairs", COMMIT) is None
 
 
 def test_license_of_a_card(tmp_path):

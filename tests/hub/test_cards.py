@@ -41,6 +41,7 @@ def facts_of(root, **changes) -> Facts:
         license="apache-2.0",
         language="en",
         private={"dpo": True, "reward": True, "ppo": False},
+        show_private_texts=False,
         seed=42,
         params=read_params(REPO),
         reports=reports,
@@ -136,6 +137,46 @@ def test_the_licences_offered_are_on_the_hubs_list():
     from tests.support.card_rules import LICENSES
 
     assert cards.LICENSES == LICENSES - {"other"}
+
+
+def texts_shown(root, card: str, pairs: list[dict]) -> set[str]:
+    """The prompts and answers of the data that stand on a card, however escaped."""
+    shown = re.sub(r"\\W|\s", "", card)
+    return {
+        text
+        for pair in pairs
+        for text in pair.values()
+        if re.sub(r"\W|\s", "", text)[:40] in re.sub(r"\W", "", shown)
+    }
+
+
+OWN_DATA = {
+    "a file of one's own": ({"sha256": "cd" * 32}, False),
+    "the embedded pairs": ({}, True),
+    "a set on the Hub": ({"sha256": "cd" * 32, "revision": "c0ffee", "public": True}, True),
+    "a private or gated one": ({"sha256": "cd" * 32, "revision": "c0ffee", "public": False}, False),
+    "one that nobody could ask for": ({"sha256": "cd" * 32, "revision": "c0ffee", "public": None}, False),
+}
+
+
+@pytest.mark.parametrize("data", OWN_DATA)
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_of_private_data_go_into_a_public_card_only_by_choice(root, embedded_pairs, kind, data):
+    changes, everyone_may_read = OWN_DATA[data]
+    edit(root, "fetch_pairs", **changes)
+    heldout = [{name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in embedded_pairs[:12]]
+    public, private = dict.fromkeys(KINDS, False), dict.fromkeys(KINDS, True)
+    for settings, expected in (
+        ({"private": public}, everyone_may_read),
+        ({"private": private}, True),
+        ({"private": public, "show_private_texts": True}, True),
+    ):
+        card = render_card(kind, facts_of(root, **settings), SHA256)
+        assert bool(texts_shown(root, card, heldout)) == expected
+        assert card_errors(card, KNOWN) == []
+        assert kind == "reward" or "morning routine" in section(card, "Before and after")
+        assert ("not public" in card) == (not expected and kind != "reward")
+        assert kind != "reward" or ("example.json" in card) == expected
 
 
 def test_the_dpo_card_quotes_what_was_measured(root):

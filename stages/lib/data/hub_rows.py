@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from stages.lib.data.hub_source import card_license, hub_errors, resolve_revision
+from stages.lib.data.hub_source import card_license, hub_errors, is_public, resolve_revision
 from stages.lib.data.rows import Part, Source
 from stages.lib.run.errors import UserError
 
@@ -55,6 +55,7 @@ def from_hub(
         parts.append(Part(offset, place, ", row ", heldout=name != first))
         offset += len(splits[name])
     origin = {"source": hub_id, "revision": commit, "license": card_license(hub_id, commit, "dataset")}
+    origin["public"] = is_public(hub_id, commit)
     if config is not None:
         origin["config"] = config
     if split is not None or heldout_split is not None:

@@ -45,6 +45,15 @@ def resolve_revision(hub_id: str, revision: str, repo_type: str) -> str:
     return cast(str, info.sha)
 
 
+def is_public(hub_id: str, commit: str) -> bool | None:
+    """Whether everyone may read the data set, without asking for access; None where the Hub cannot be asked."""
+    try:
+        info = HfApi().dataset_info(hub_id, revision=commit, timeout=30)
+    except (HTTPError, OSError):
+        return None  # what is read then was downloaded before
+    return info.private is False and not info.gated
+
+
 def card_license(hub_id: str, commit: str, repo_type: str) -> str | None:
     """The licence the repository's card names, None where it has no card or names none."""
     with hub_errors(hub_id, commit):

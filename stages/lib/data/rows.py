@@ -68,7 +68,7 @@ class Source:
     name: str  # in errors: the path or the hub id
     separator: str  # between name and number where `parts` knows nothing else
     rows: Numbered
-    origin: dict[str, Any]  # source, revision, license, sha256: for metrics.json
+    origin: dict[str, Any]  # source, revision, license, sha256, of the Hub public: for metrics.json
     parts: list[Part] = field(default_factory=list)  # the files begun so far
     columns_key: str | None = None  # the parameter that maps its columns
 

@@ -32,6 +32,9 @@ class CardError(UserError):
 
 
 DECODINGS = ("greedy", "sampled")
+EMBEDDED_PAIRS = (
+    "f8c44a541f7971c88ab2c3b6f24422ab43dd9cb9434e0c18dc6112e1cb72cb30"  # SHA-256, data/pairs_embedded.jsonl
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Answers:
     prompt: str
     texts: dict[str, dict[str, str]]  # by model (base, dpo, ppo), then by decoding (greedy, sampled)
     ended: dict[str, dict[str, bool]]  # False: cut at the token limit
+    of_data: bool  # False: the fixed prompt, which is of no data set
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Facts:
     license: str
     language: str
     private: dict[str, bool]
+    show_private_texts: bool  # also on a public repository's card
     seed: int
     params: dict[str, Any]  # all of params.yaml
     reports: ReportFiles
@@ -73,6 +78,20 @@ class Facts:
     def interval(self, stage: str, *keys: str) -> Interval:
         """A value of reports/<stage>/metrics.json with its interval, which may lack ends."""
         return self.reports.interval(stage, *keys)
+
+    def hides_texts(self, kind: Kind) -> bool:
+        """Whether the data's prompts and answers stay off a card: everyone may read it, and not them."""
+        return not (self.private[kind] or self.show_private_texts or self.data_is_public)
+
+    def shown(self, kind: Kind) -> list[Answers]:
+        """The prompts of `samples` that the card may show."""
+        return [sample for sample in self.samples if not (sample.of_data and self.hides_texts(kind))]
+
+    @property
+    def data_is_public(self) -> bool:
+        """The embedded pairs, or a set on the Hub that everyone could read when it was fetched."""
+        pairs = self.reports.json("fetch_pairs")
+        return pairs.get("sha256") == EMBEDDED_PAIRS or pairs.get("public") is True
 
     @property
     def base_id(self) -> str | None:
@@ -153,6 +172,7 @@ def read_answers(reports: ReportFiles, number: int) -> list[Answers]:
                 prompt=sample["prompt"],
                 texts={model: {how: sample["answers"][model][how] for how in DECODINGS} for model in MODELS},
                 ended={model: {how: sample["ended"][model][how] for how in DECODINGS} for model in MODELS},
+                of_data=sample["prompt_id"] is not None,
             )
             for sample in reports.json("sample_responses", "samples.json")[:number]
         ]

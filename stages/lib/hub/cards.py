@@ -93,6 +93,8 @@ def render_card(kind: Kind, facts: Facts, weights_sha256: str) -> str:
         pictures=PICTURES[kind],
         weights_sha256=weights_sha256,
         settings=_settings(kind, facts.params),
+        samples=facts.shown(kind),
+        hides_texts=facts.hides_texts(kind),
     )
     return f"---\n{block}---\n\n" + _render(f"card_{kind}.md.jinja", context)
 
@@ -125,7 +127,7 @@ def metadata(kind: Kind, facts: Facts) -> dict[str, Any]:
         data["widget"] = [
             {"messages": [{"role": "user", "content": without_controls(sample.prompt)}]}
             | {"output": {"text": without_controls(sample.texts[kind]["greedy"])}}
-            for sample in facts.samples[:3]
+            for sample in facts.shown(kind)[:3]
         ]
     return data
 
