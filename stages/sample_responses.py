@@ -35,6 +35,7 @@ from stages.lib.data.chat import text_ids
 from stages.lib.model.generate import Answer, answer_prompts, in_precision
 from stages.lib.model.loading import freeze, load_causal_lm, load_tokenizer, pick_device, pick_precision
 from stages.lib.model.logps import TokenLogps, read_answers
+from stages.lib.model.memory import MemoryDial
 from stages.lib.report.gallery import gallery_entries, side_by_side
 from stages.lib.run.artefacts import atomic_path, read_parquet, round_floats, write_json, write_parquet
 from stages.lib.run.draws import draw, generator
@@ -176,7 +177,9 @@ def read(
 ) -> tuple[list[float], list[float]]:
     """Of each answer the summed log-prob and the mean entropy, at the temperature it was sampled at."""
     texts = answers["input_ids"].tolist(), answers["response_ids"].tolist()
-    per_token = read_answers(TokenLogps(model, temperature), *texts, MICRO_BATCH_TOKENS, precision, progress)
+    dial = MemoryDial(MICRO_BATCH_TOKENS, "sample_responses", model.device)
+    policy = TokenLogps(model, temperature)
+    per_token = dial.run(read_answers, policy, *texts, precision=precision, progress=progress)
     lengths = list(map(len, texts[1]))
     logps, entropies = (values.double().split(lengths) for values in per_token)
     return [float(each.sum()) for each in logps], [float(each.mean()) for each in entropies]

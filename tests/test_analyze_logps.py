@@ -18,6 +18,7 @@ from stages.lib.model.logps import completion_logps, get_log_prob
 from stages.lib.run.artefacts import write_parquet
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
+from tests.support import short_of_memory
 
 BASE = Base(seed=3, precision="fp32")
 PARAMS = Params(
@@ -131,6 +132,16 @@ def test_the_stage_writes_what_it_promises_and_the_same_bytes_again(prepared):
 
     main(BASE, PARAMS, prepared)
     assert reports(prepared) == first
+
+
+def test_out_of_memory_halves_the_dial_and_changes_no_result(prepared, monkeypatch, capsys):
+    found = []
+    for _ in range(2):
+        main(BASE, PARAMS.replace(micro_batch_tokens=4000), prepared)
+        found.append(pd.read_parquet(prepared / "reports/analyze_logps/logps.parquet"))
+        short_of_memory.install(monkeypatch)
+    pd.testing.assert_frame_equal(found[1], found[0], rtol=1e-4)
+    assert "analyze_logps: memory ran out: goes on with micro-batches of" in capsys.readouterr().out
 
 
 def test_log_probs_are_those_of_the_definition_for_every_model(prepared):

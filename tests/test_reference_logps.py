@@ -12,6 +12,7 @@ from stages.lib.run.artefacts import read_json, write_parquet
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
 from tests.model.test_logps import textbook_logps
+from tests.support import short_of_memory
 from tests.support.corrupted_tables import write_negatives
 
 BASE = Base(seed=42, precision="fp32")
@@ -66,6 +67,16 @@ def test_the_same_run_gives_the_same_bytes(project):
         reference_logps.main(BASE, reference_logps.Params(micro_batch_tokens=8), project)
         runs.append([(project / "data/reference_logps" / name).read_bytes() for name in names])
     assert runs[0] == runs[1]
+
+
+def test_out_of_memory_halves_the_dial_and_changes_no_result(project, monkeypatch, capsys):
+    stored = []
+    for _ in range(2):
+        reference_logps.main(BASE, reference_logps.Params(micro_batch_tokens=1000), project)
+        stored.append(read_reference_logps(project, "train")["rejected_logps"])
+        short_of_memory.install(monkeypatch)
+    assert stored[1] == pytest.approx(stored[0], rel=1e-5)
+    assert "reference_logps: memory ran out: goes on with micro-batches of" in capsys.readouterr().out
 
 
 def test_metrics_count_pairs_and_average_log_probs(project):

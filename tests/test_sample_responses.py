@@ -13,6 +13,7 @@ from stages.lib.run.artefacts import read_parquet, write_parquet
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
 from stages.sample_responses import FIRST_PROMPT, Params, main
+from tests.support import short_of_memory
 
 BASE = Base(seed=7, precision="fp32")
 PARAMS = Params(max_new_tokens=6, temperature=0.7, best_of_n_prompts=2, gallery_prompts=4, first_max_new_tokens=20)
@@ -115,6 +116,16 @@ def test_the_same_seed_gives_the_same_files(root):
     assert written(root) == first
     main(Base(seed=8, precision="fp32"), PARAMS, root)
     assert written(root)["data/answers.parquet"] != first["data/answers.parquet"]
+
+
+def test_out_of_memory_halves_what_is_read_and_changes_no_result(root, monkeypatch, capsys):
+    found = []
+    for _ in range(2):
+        main(BASE, PARAMS, root)
+        found.append(pd.DataFrame(read_parquet(root / "data/answers.parquet")))
+        short_of_memory.install(monkeypatch)
+    pd.testing.assert_frame_equal(found[1], found[0], rtol=1e-4)
+    assert "sample_responses: memory ran out: goes on with micro-batches of" in capsys.readouterr().out
 
 
 def test_log_probs_are_those_of_the_definition_at_the_sampling_temperature(root, tiny_model):

@@ -16,6 +16,7 @@ from stages.lib.run.artefacts import read_parquet, write_json, write_parquet
 from stages.lib.run.params import Base
 from stages.score_responses import Params, main
 from tests.conftest import REPO
+from tests.support import short_of_memory
 from tests.support.example_reports import example_tables
 
 BASE = Base(seed=5, precision="fp32")
@@ -191,6 +192,16 @@ def test_it_repeats(root, scored):
     before = {path.name: path.read_bytes() for path in (root / "reports/score_responses").iterdir()}
     main(BASE, PARAMS, root)
     assert {path.name: path.read_bytes() for path in (root / "reports/score_responses").iterdir()} == before
+
+
+def test_out_of_memory_halves_the_dial_and_changes_no_result(root, scored, monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr(stage, "score", lambda *args: seen.setdefault("found", score(*args)))
+    short_of_memory.install(monkeypatch)
+    main(BASE, PARAMS.replace(micro_batch_tokens=4000), root)
+    for one, other in zip(scored["found"], seen["found"], strict=True):
+        pd.testing.assert_frame_equal(other, one, rtol=1e-3, atol=1e-3)
+    assert "score_responses: memory ran out: goes on with micro-batches of" in capsys.readouterr().out
 
 
 def test_one_confidence_for_every_interval(root, scored):

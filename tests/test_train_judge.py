@@ -15,6 +15,7 @@ from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, load_params
 from stages.train_judge import Params, cross_validated, figures, main
 from tests.conftest import REPO
+from tests.support import short_of_memory
 from tests.support.corrupted_tables import IDS, spoilt, write_reward_negatives
 
 BASE = Base(seed=42, precision="fp32")
@@ -99,6 +100,16 @@ def test_the_same_run_gives_the_same_bytes(root):
         main(BASE, PARAMS, root)
         runs.append([path.read_bytes() for path in sorted((root / "models/judge").iterdir())])
     assert runs[0] == runs[1]
+
+
+def test_out_of_memory_halves_the_dial_and_changes_no_result(root, monkeypatch, capsys):
+    main(BASE, PARAMS, root)
+    expected = pd.read_csv(root / "reports/train_judge/heldout_scores.csv")
+    short_of_memory.install(monkeypatch)
+    main(BASE, PARAMS, root)
+    scores = pd.read_csv(root / "reports/train_judge/heldout_scores.csv")
+    pd.testing.assert_frame_equal(scores, expected, atol=1e-3)
+    assert "train_judge: memory ran out: goes on with micro-batches of" in capsys.readouterr().out
 
 
 def test_no_margin_is_of_a_judge_that_saw_the_prompt():

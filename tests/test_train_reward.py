@@ -18,6 +18,7 @@ from stages.lib.run.artefacts import read_parquet, write_parquet
 from stages.lib.run.params import Base, load_params
 from stages.train_reward import HeadOnFeatures, OneDevice, Params, heldout_figures, main
 from tests.conftest import REPO
+from tests.support import short_of_memory
 from tests.support.corrupted_tables import write_reward_negatives
 
 BASE = Base(seed=42, precision="fp32")
@@ -109,6 +110,16 @@ def test_history_has_training_and_heldout_figures_of_every_logged_step(root):
 def test_a_run_shorter_than_the_logging_interval_has_a_history(root):
     main(BASE, PARAMS.replace(epochs=1, batch_size=16, logging_steps=25), root)
     assert pd.read_csv(root / "reports/train_reward/history.csv")["step"].tolist() == [2]
+
+
+def test_out_of_memory_halves_the_dial_and_changes_no_result(root, monkeypatch, capsys):
+    scores = []
+    for _ in range(2):
+        main(BASE, PARAMS.replace(epochs=1, micro_batch_tokens=2000), root)
+        scores.append(pd.read_csv(root / "reports/train_reward/heldout_scores.csv"))
+        short_of_memory.install(monkeypatch)
+    pd.testing.assert_frame_equal(scores[1], scores[0], atol=1e-3)
+    assert "train_reward: memory ran out: goes on with micro-batches of" in capsys.readouterr().out
 
 
 def test_same_seed_same_bytes_other_seed_other_head(root):

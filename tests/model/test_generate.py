@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from stages.lib.model import generate as generation
 from stages.lib.model.generate import generate, in_precision, sample_token
 from stages.lib.model.loading import freeze
 from stages.lib.run.errors import UserError
@@ -42,6 +43,21 @@ def test_greedy_is_transformers_greedy_whatever_the_batch(lively_model, tokenize
         )
         expected.append(output[0, len(prompt) :].tolist())
     assert run(lively_model, tokenizer, prompts, batch_size=batch_size) == expected
+
+
+def test_where_memory_runs_out_fewer_are_answered_at_a_time(lively_model, tokenizer, monkeypatch, capsys):
+    expected = run(lively_model, tokenizer, temperature=0.7)
+    choose, rows = generation._next_tokens, []
+
+    def short(logits, uniform, *args):
+        rows.append(len(logits))
+        if len(logits) > 2 and len(rows) > 3:  # not at the first token: what was answered is answered anew
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return choose(logits, uniform, *args)
+
+    monkeypatch.setattr(generation, "_next_tokens", short)
+    assert run(lively_model, tokenizer, temperature=0.7) == expected
+    assert rows[:5] == [5, 5, 5, 5, 2] and "goes on with 2 answers at a time" in capsys.readouterr().out
 
 
 def test_what_all_prompts_begin_with_is_read_once(lively_model, tokenizer):

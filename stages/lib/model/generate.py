@@ -14,8 +14,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from stages.lib.model.llama_step import LlamaStep, is_plain_llama
 from stages.lib.model.loading import DTYPES
+from stages.lib.model.memory import let_go
 from stages.lib.model.packing import shared_prefix_length, shares_prefixes
-from stages.lib.run.errors import UserError
+from stages.lib.run.errors import UserError, is_out_of_memory
 
 CACHE_BLOCK = 64  # positions by which the key-value cache grows
 SAMPLE_BLOCK = 256  # tokens whose probabilities are summed before one of them is looked for
@@ -75,7 +76,8 @@ def generate(
     model given stays as it is).
 
     Sampling draws one uniform number per prompt and position from `seed` and looks it up in the cumulative
-    distribution, so the answer to a prompt does not depend on `batch_size`, beyond rounding.
+    distribution, so the answer to a prompt does not depend on `batch_size`, beyond rounding. After memory ran out the
+    batch is answered anew, half of it at a time.
 
     Args:
         prompt_ids: N lists of token ids, generation header included.
@@ -110,9 +112,24 @@ def generate(
     # long budgets together, then by length: fewest pads, and no batch shrinks to one row early
     order = sorted(range(len(prompt_ids)), key=lambda i: (-budgets[i], -len(prompt_ids[i])))
     bar = tqdm(total=len(order), desc=progress, unit="answer", mininterval=2, disable=progress is None)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        _decode(model, tokenizer, prompt_ids, rows, budgets, temperatures, top_p, uniforms, responses, bar)
+    done = 0
+    while done < len(order):
+        rows = order[done : done + batch_size]
+        try:
+            _decode(model, tokenizer, prompt_ids, rows, budgets, temperatures, top_p, uniforms, responses, bar)
+        except Exception as error:
+            if not (is_out_of_memory(error) and len(rows) > 1):
+                raise
+        else:
+            done += len(rows)
+            continue
+        # here, where the error and the tensors of its frames are gone
+        batch_size = len(rows) // 2
+        print(f"memory ran out: goes on with {batch_size} answers at a time")
+        for row in rows:
+            responses[row].clear()
+        bar.n = done
+        let_go(device)
     bar.close()
     model.train(training)
     return responses

@@ -57,9 +57,14 @@ class MemoryDial:
             print(f"{self.stage}: memory ran out: goes on with micro-batches of {self.tokens} tokens")
             if undo:
                 undo()
-            gc.collect()
-            if self.device is not None and self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            let_go(self.device)
+
+
+def let_go(device: torch.device | None) -> None:
+    """Gives back what no tensor holds any more: after memory ran out, and its error is gone."""
+    gc.collect()
+    if device is not None and device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def memory_dial(
