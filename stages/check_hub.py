@@ -68,7 +68,7 @@ def check_answer(repo_id: str, downloaded: Path, local: Path, new_tokens: int) -
 def check_scores(repo_id: str, downloaded: Path, local: Path) -> None:
     """The downloaded reward model scores the stored example like the local one, and the chosen answer higher."""
     path = downloaded / "example.json"
-    example = read_json(path) if path.is_file() else {"prompt": QUESTION, "chosen": ANSWER}
+    example: dict[str, Any] = read_json(path) if path.is_file() else {"prompt": QUESTION, "chosen": ANSWER}
     prompt = example.get("messages") or [{"role": "user", "content": example["prompt"]}]
     asked = prompt, example.get("tools")
     answers = {side: example[side] for side in ("chosen", "rejected") if side in example}

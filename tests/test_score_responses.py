@@ -199,7 +199,7 @@ def test_out_of_memory_halves_the_dial_and_changes_no_result(root, scored, monke
     monkeypatch.setattr(stage, "score", lambda *args: seen.setdefault("found", score(*args)))
     short_of_memory.install(monkeypatch)
     main(BASE, PARAMS.replace(micro_batch_tokens=4000), root)
-    for one, other in zip(scored["found"], seen["found"], strict=True):
+    for one, other in zip(scored["found"][0], seen["found"][0], strict=True):
         pd.testing.assert_frame_equal(other, one, rtol=1e-3, atol=1e-3)
     assert "score_responses: memory ran out: goes on with micro-batches of" in capsys.readouterr().out
 
