@@ -12,17 +12,19 @@ stages:
   # first of all
   cook:
     cmd: ${LAUNCH:-python} -m stages.cook   # by hand
-    deps:
-    - data/raw
-    - stages/lib/gone.py
+    deps: [
+      data/raw,
+      stages/lib/gone.py,
+      stages/cook.py]
     outs:
     - reports/cook/meal.csv: {cache: false}
 
   serve:
     cmd: python -m stages.serve
-    deps:
-    - reports/cook/meal.csv   # still warm
-    # on a plate
+    deps: [
+      reports/cook/meal.csv,   # still warm
+      # on a plate
+      stages/serve.py]
     params: [cook.salt,
       serve]
     outs:
@@ -77,23 +79,19 @@ def test_only_code_deps_change(root):
           # first of all
           cook:
             cmd: ${LAUNCH:-python} -m stages.cook   # by hand
-            deps:
-            - data/raw
-            - stages/cook.py
-            - stages/lib/food/recipes.py
-            - stages/lib/food/salt.py
+            deps: [
+              data/raw,
+              stages/cook.py, stages/lib/food/recipes.py, stages/lib/food/salt.py]
             outs:
             - reports/cook/meal.csv: {cache: false}
 
           serve:
             cmd: python -m stages.serve
-            deps:
-            - reports/cook/meal.csv   # still warm
-            # on a plate
-            - stages/serve.py
-            - stages/lib/table/card.md.jinja
-            - stages/lib/table/page.html.jinja
-            - stages/lib/table/plates.py
+            deps: [
+              reports/cook/meal.csv,   # still warm
+              # on a plate
+              stages/serve.py, stages/lib/table/card.md.jinja, stages/lib/table/page.html.jinja,
+              stages/lib/table/plates.py]
             params: [cook.salt,
               serve]
             outs:

@@ -8,9 +8,15 @@ Run     python -m stages.lib.run.deps
 
 import ast
 import re
+import textwrap
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[3]
+
+INDENT = 6 * " "
+LAYOUT: dict[str, Any] = {"initial_indent": INDENT, "subsequent_indent": INDENT, "width": 115}
+LAYOUT |= {"break_long_words": False, "break_on_hyphens": False}
 
 RENDERING = frozenset({"jinja2", "stages.lib.run.templates"})
 
@@ -57,21 +63,22 @@ def modules_imported_by(file: Path) -> set[str]:
 def with_code_deps(pipeline: str, root: Path = PROJECT) -> str:
     """The text of dvc.yaml with the code deps each stage ought to have, after its data deps; all else as it stands.
 
-    Written line by line, since a YAML writer would lay out anew what is wrapped by hand. `deps` is a list of one
-    entry a line, and not the last thing that a stage has.
+    Written line by line, since a YAML writer would lay out anew what is wrapped by hand. `deps` is a list in brackets,
+    `deps: [` on a line of its own: lines of data deps, each with its last comma, then these of the code.
     """
     lines: list[str] = []
     stage, in_deps = "", False
-    for line in pipeline.splitlines(keepends=True):
+    for line in pipeline.splitlines():
         if name := re.match(r"  (\w+):", line):
             stage = name[1]
-        if in_deps and not line.startswith(("    - ", "    #")):
-            lines += [f"    - {file}\n" for file in code_of(stage, root)]
-            in_deps = False
-        if not (in_deps and line.startswith("    - stages/")):
+        if not (in_deps and line.startswith(INDENT + "stages/")):
             lines.append(line)
-        in_deps |= line.startswith("    deps:")
-    return "".join(lines)
+        if in_deps and line.endswith("]"):
+            code = textwrap.fill(", ".join(code_of(stage, root)) + "]", **LAYOUT)
+            lines += code.splitlines()
+            in_deps = False
+        in_deps |= line == "    deps: ["
+    return "\n".join(lines) + "\n"
 
 
 def _file_of(module: str, root: Path) -> str | None:
