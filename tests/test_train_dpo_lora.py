@@ -149,6 +149,7 @@ train_dpo.main(BASE, LORA, Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(project):
     single, weights = run(project), weights_of(project / "models/dpo")
     script = project / "script.py"
