@@ -85,14 +85,15 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     answers["entropy"] = answers["entropy"].where(~of_base, answers["base_entropy"])
 
     # 2. the scorecard and the verdicts
-    answers["objective"] = objective(answers, read_json(root / "reports/train_ppo/metrics.json"))
+    ppo = read_json(root / "reports/train_ppo/metrics.json")
+    answers["objective"] = objective(answers, ppo)
     rows = round_floats(scorecard(answers, how))
     ranges = preferred_ranges(answers, how)
     card = pd.DataFrame(rows)
     verdicts = {model: verdict(card, model, ranges) for model in TRAINED}
 
     # 3. the frontier
-    points = frontier_of(answers, several, courses, how)
+    points = frontier_of(answers, several, courses, {"dpo": True, "ppo": ppo["policy"] == "base"}, how)
 
     write_history(root / REPORTS / "scorecard.csv", rows)
     write_json(root / REPORTS / "verdicts.json", {model: vars(found) for model, found in verdicts.items()})
@@ -191,14 +192,16 @@ def frontier_of(
     answers: pd.DataFrame,
     several: pd.DataFrame,
     courses: dict[str, pd.DataFrame],
+    from_base: dict[str, bool],
     how: Resampling,
 ) -> list[dict]:
     """The points of the frontier: the models as they are, the courses of training, and the best of n."""
+    opponents = several[several["use"] == "opponent"]
     sampled = answers[answers["decoding"] == "sampled"]
     own = {model: sampled[sampled["model"] == model] for model in MODELS}
     points = [frontier.final(MODELS[model], table, own["base"], how) for model, table in own.items()]
     for model, looks in courses.items():
-        points += frontier.course(f"{MODELS[model]}'s course", looks, several[several["use"] == "opponent"], how)
+        points += frontier.course(f"{MODELS[model]}'s course", looks, opponents, from_base[model], how)
     candidates = several[several["use"] == "best of n"]
     values = [candidates.pivot(index="prompt_id", columns="candidate", values=name) for name in ("score", "judge")]
     return points + frontier.best_of_n(*(table.to_numpy() for table in values), how)

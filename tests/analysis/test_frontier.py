@@ -11,6 +11,7 @@ from stages.lib.analysis import frontier
 from stages.lib.analysis.stats import Resampling
 
 HOW = Resampling(samples=100, confidence=0.95, seed=0)
+FEW = Resampling(samples=2, confidence=0.5, seed=0)
 
 
 def test_chance_of_being_best_counts_subsets():
@@ -66,9 +67,29 @@ def test_a_course_has_a_point_a_look():
         }
     )
     opponents = pd.DataFrame({"prompt_id": [8, 7, 8, 7], "judge": [2.0, 0.0, 2.0, -1.0]})
-    first, second = frontier.course("DPO", looks, opponents, HOW)
+    first, second = frontier.course("DPO", looks, opponents, False, HOW)
     assert (first["series"], first["step"], first["kl"], first["sqrt_kl"]) == ("DPO", 0, -0.5, 0.0)
     assert (first["score"], first["win_rate"]) == (1.5, 0.375)  # a tie and a win, and two losses
     assert (second["kl"], second["sqrt_kl"]) == (3.0, math.sqrt(3))
     assert (second["score"], second["win_rate"]) == (4.0, 0.75)  # two wins, and two ties
     assert second["win_rate_low"] < 0.75 < second["win_rate_high"]
+    first, second = frontier.course("DPO", looks, opponents, True, HOW)
+    assert [first[f"win_rate{end}"] for end in ("", "_low", "_high")] == [0.5, 0.5, 0.5]  # the base itself
+    assert second["win_rate"] == 0.875  # 1 - (0.75 - 0.5) and 0.5 - (0 - 0.5)
+
+
+def test_a_start_that_was_lucky_does_not_show_in_the_course():
+    """200 courses that never leave the base: half won in the mean, and less scattered than without the start."""
+    generator = np.random.default_rng(0)
+    ends = {True: [], False: []}
+    for _ in range(200):
+        own = generator.normal(size=30)
+        later = own + 0.3 * generator.normal(size=30)  # the same random numbers, another policy by a little
+        judge = np.concatenate((own, later / np.sqrt(1.09)))
+        looks = pd.DataFrame({"step": [0] * 30 + [4] * 30, "prompt_id": [*range(30)] * 2, "judge": judge})
+        looks[["logp", "ref_logp", "score"]] = 0.0
+        opponents = pd.DataFrame({"prompt_id": [*range(30)] * 2, "judge": generator.normal(size=60)})
+        for from_base, rates in ends.items():
+            rates.append(frontier.course("DPO", looks, opponents, from_base, FEW)[1]["win_rate"])
+    assert np.mean(ends[True]) == pytest.approx(0.5, abs=0.01)
+    assert np.std(ends[True]) < 0.6 * np.std(ends[False])

@@ -36,20 +36,31 @@ def final(series: str, answers: pd.DataFrame, base: pd.DataFrame, how: Resamplin
     return row(series, math.nan, kl, score, Interval(0.5, None, None) if series == MODELS["base"] else won)
 
 
-def course(series: str, looks: pd.DataFrame, opponents: pd.DataFrame, how: Resampling) -> list[dict]:
+def course(
+    series: str, looks: pd.DataFrame, opponents: pd.DataFrame, from_base: bool, how: Resampling
+) -> list[dict]:
     """A training's looks, a point each.
+
+    Where training starts at the base, its first look must win half, but for luck: what its answers won above that is
+    taken off the later looks, prompt by prompt. They were drawn with the same random numbers and met the same
+    opponents, so that luck is theirs too (a control variate).
 
     Args:
         looks: step, prompt_id, logp, ref_logp, score, judge; one answer per step and prompt.
         opponents: prompt_id, judge; of the base's answers to the same prompts, of which all count alike.
     """
     of_prompt = {prompt_id: own.to_numpy() for prompt_id, own in opponents.groupby("prompt_id")["judge"]}
+    won = [wins(judge, of_prompt[i]).mean() for judge, i in zip(looks["judge"], looks["prompt_id"], strict=True)]
+    looks = looks.assign(won=won)
+    if from_base:
+        start = looks[looks["step"] == looks["step"].min()]
+        of_start = dict(zip(start["prompt_id"], start["won"], strict=True))
+        looks["won"] += [0.5 - of_start[prompt_id] for prompt_id in looks["prompt_id"]]
     points = []
     for step, look in looks.groupby("step"):
-        won = [wins(judge, of_prompt[i]).mean() for judge, i in zip(look["judge"], look["prompt_id"], strict=True)]
         kl = float(np.mean(look["logp"] - look["ref_logp"]))
-        score, won = (mean_interval(values, None, **vars(how)) for values in (look["score"], np.array(won)))
-        points.append(row(series, cast(int, step), kl, score, won))
+        score, rate = (mean_interval(look[name], None, **vars(how)) for name in ("score", "won"))
+        points.append(row(series, cast(int, step), kl, score, rate))
     return points
 
 
