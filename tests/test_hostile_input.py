@@ -1,6 +1,5 @@
 """Whatever stands in params.yaml is typed or refused by name, and hostile texts that pass every check train."""
 
-import importlib
 import json
 import math
 
@@ -15,6 +14,7 @@ from stages.lib.run.artefacts import read_json
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, load_params, read_params
 from tests.conftest import REPO
+from tests.support.sections import class_of
 
 COMMITTED = read_params(REPO)
 KEYS = [(section, key) for section, values in COMMITTED.items() for key in values]
@@ -41,9 +41,8 @@ def test_any_value_of_any_parameter_is_typed_or_refused_by_name(monkeypatch, whe
     section, key = where
     changed = COMMITTED | {section: COMMITTED[section] | {key: value}}
     monkeypatch.setattr(params_module, "read_params", lambda root: changed)
-    cls = Base if section == "base" else importlib.import_module(f"stages.{section}").Params
     try:
-        loaded = load_params(section, cls)
+        loaded = load_params(section, class_of(section))
     except UserError as error:
         assert section in str(error) and str(error).startswith("params.yaml")
         assert "\n" not in str(error)

@@ -1,11 +1,11 @@
-import importlib
 import re
 
 import pytest
 from ruamel.yaml import YAML
 
-from stages.lib.run.params import Base, load_params, read_params
+from stages.lib.run.params import load_params, read_params
 from tests.conftest import REPO
+from tests.support.sections import class_of
 
 RECIPES = sorted((REPO / "recipes").glob("*.txt"))
 LINE = re.compile(r"-S ([a-z_]+)\.([a-z_.]+)=([^\s'\"#]+)")  # what xargs passes on unchanged
@@ -36,11 +36,8 @@ def test_the_stages_accept_the_values(recipe, tmp_path):
         params[section][key] = YAML(typ="safe").load(value)
     with open(tmp_path / "params.yaml", "w", encoding="utf-8") as file:
         yaml.dump(params, file)
-    assert load_params("base", Base, tmp_path)
     for section in params:
-        if section != "base":
-            stage = importlib.import_module(f"stages.{section}")
-            assert load_params(section, stage.Params, tmp_path)
+        assert load_params(section, class_of(section), tmp_path)
 
 
 def test_the_homework_keeps_the_notebooks_values(tmp_path):
