@@ -131,6 +131,7 @@ def fetch(root, on_bad_row):
     fetch_pairs.main(BASE, params, root)
 
 
+@pytest.mark.slow
 def test_hostile_texts_train_and_every_row_is_accounted_for(dirty):
     fetch(dirty, "drop")
     corrupt_answers.main(BASE, load_params("corrupt_answers", corrupt_answers.Params, REPO), dirty)

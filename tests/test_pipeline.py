@@ -290,6 +290,7 @@ def test_a_failed_stage_exits_non_zero_names_the_key_and_leaves_the_model(smoke_
     assert (smoke_project / "models/dpo/model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_changed_beta_reruns_only_what_depends_on_it_for_real(smoke_project):
     before = (smoke_project / "params.yaml").read_text()
     try:

@@ -474,6 +474,7 @@ def test_two_processes_train_as_one(project, launcher, bound):
         torch.testing.assert_close(tensor, single_weights[name], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_fsdp_in_bf16_rounds_products_and_nothing_else(project):
     # left to accelerate, FSDP2 would round weights and log-probs as well, or, without its policy, nothing at all
     base = BASE.replace(precision="bf16")

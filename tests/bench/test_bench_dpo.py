@@ -135,6 +135,7 @@ def compare_on_the_tiny_model(tiny_base, tmp_path, *arguments):
     return read_json(output)
 
 
+@pytest.mark.slow
 def test_compares_in_fresh_processes(tiny_base, tmp_path):
     result = compare_on_the_tiny_model(tiny_base, tmp_path, "--no-growth", "--trl", "trl_precomputed")
     assert result["fastest_trl"] == "trl_precomputed" and result["speedup"] > 0
