@@ -636,6 +636,8 @@ def test_under_torchrun_a_sigterm_of_any_kind_leads_to_the_same_bytes(project, w
             assert outputs("train_dpo", project) == expected
         else:
             killed += 1
-            assert list(project.glob("checkpoints/train_dpo/*/checkpoint.pt")), "the last save is whole"
+            if not list(project.glob("checkpoints/train_dpo/*/checkpoint.pt")):
+                # it came when training was over and its checkpoint gone: all has been written then
+                assert outputs("train_dpo", project) == expected, "the last save is whole"
     forget_outputs("train_dpo", project)
     assert run(None) == 0 and outputs("train_dpo", project) == expected
