@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from stages.lib.data import sizes
+
 # the same examples every run, and no time limit on one: a busy machine is no failure
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
@@ -51,6 +53,13 @@ class ShapesMade(TorchDispatchMode):
         parts = out if isinstance(out, tuple | list) else [out]
         self.shapes.update(part.shape for part in parts if isinstance(part, torch.Tensor))
         return out
+
+
+@pytest.fixture
+def few_pairs_do_for_the_judge(monkeypatch):
+    """For sets of a handful of pairs: tokenize_pairs and train_judge ask for no more than one."""
+    monkeypatch.setattr(sizes, "JUDGE_PAIRS", 1)
+    monkeypatch.setattr(sizes, "JUDGE_PROMPTS", 1)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import shutil
 import pytest
 
 from stages import corrupt_answers, fetch_pairs, tokenize_pairs
-from stages.lib.data import sizes
 from stages.lib.run.artefacts import read_json, read_rows
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, load_params
@@ -27,10 +26,7 @@ OURS = {"prompt": "question"}
 ARGILLA = {"prompt": "instruction", "chosen": "chosen_response", "rejected": "rejected_response"}
 
 
-@pytest.fixture(autouse=True)
-def _few_pairs_do_for_the_judge(monkeypatch):
-    monkeypatch.setattr(sizes, "JUDGE_PAIRS", 1)
-    monkeypatch.setattr(sizes, "JUDGE_PROMPTS", 1)
+pytestmark = pytest.mark.usefixtures("few_pairs_do_for_the_judge")
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stages import corrupt_answers, fetch_pairs, reference_logps, tokenize_pairs, train_dpo
-from stages.lib.data import sizes
 from stages.lib.run import params as params_module
 from stages.lib.run.artefacts import read_json
 from stages.lib.run.errors import UserError
@@ -96,10 +95,7 @@ BROKEN = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _few_pairs_do_for_the_judge(monkeypatch):
-    monkeypatch.setattr(sizes, "JUDGE_PAIRS", 1)
-    monkeypatch.setattr(sizes, "JUDGE_PROMPTS", 1)
+pytestmark = pytest.mark.usefixtures("few_pairs_do_for_the_judge")
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import pytest
 
 from stages import corrupt_answers, fetch_pairs, tokenize_pairs
 from stages.inspect_pairs import Params, main
-from stages.lib.data import sizes
 from stages.lib.report.data_page import Segment, segments
 from stages.lib.run.artefacts import read_json, sha256_of_file
 from stages.lib.run.params import Base, load_params
@@ -36,10 +35,7 @@ class Tags(HTMLParser):
             self.tags.append(("", {}))
 
 
-@pytest.fixture(autouse=True)
-def _few_pairs_do_for_the_judge(monkeypatch):
-    monkeypatch.setattr(sizes, "JUDGE_PAIRS", 1)
-    monkeypatch.setattr(sizes, "JUDGE_PROMPTS", 1)
+pytestmark = pytest.mark.usefixtures("few_pairs_do_for_the_judge")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from stages.lib.data import sizes
 from stages.lib.run.artefacts import read_json, read_parquet, sha256_of_file, write_parquet
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
@@ -14,10 +13,7 @@ PARAMS = Params(max_prompt_length=256, max_completion_length=None, max_length=10
 TABLES = ("pairs", "reward", "prompts")
 
 
-@pytest.fixture(autouse=True)
-def _few_pairs_do_for_the_judge(monkeypatch):
-    monkeypatch.setattr(sizes, "JUDGE_PAIRS", 1)
-    monkeypatch.setattr(sizes, "JUDGE_PROMPTS", 1)
+pytestmark = pytest.mark.usefixtures("few_pairs_do_for_the_judge")
 
 
 def pairs_in(

@@ -27,7 +27,7 @@ from stages.lib.run.artefacts import read_json, read_parquet, write_parquet
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
 from tests.conftest import REPO
-from tests.support import fp16_on_cpu
+from tests.support import fp16_on_cpu, short_of_memory
 from tests.support.corrupted_tables import write_judge_prompts, write_negatives
 from tests.support.fake_gpu import OnGpu, on_gpu
 
@@ -361,23 +361,11 @@ def test_a_batch_is_read_from_the_device_once_and_in_no_precision_it_lacks(proje
     assert len(calls) > 1 and dict(OnGpu.waits) == {"cpu": 1}
 
 
-def short_of_memory(monkeypatch, module, most: int):
-    """`module.pack` raises as a card does where a micro-batch has more tokens."""
-    pack = module.pack
-
-    def packed(prompts, completions, *args):
-        if len(completions) > 2 and sum(map(len, [*prompts, *completions])) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-        return pack(prompts, completions, *args)
-
-    monkeypatch.setattr(module, "pack", packed)
-
-
 def test_out_of_memory_in_a_step_halves_the_dial_and_changes_no_result(project, monkeypatch, capsys):
     train_dpo.main(BASE, PARAMS.replace(learning_rate=5e-5), project)
     expected = history_of(project)
     AcceleratorState._reset_state(reset_partial_state=True)
-    short_of_memory(monkeypatch, train_dpo, 1200)
+    short_of_memory.install(monkeypatch, module=train_dpo)
     train_dpo.main(BASE, PARAMS.replace(micro_batch_tokens=4000, learning_rate=5e-5), project)
     assert "train_dpo: memory ran out: goes on with micro-batches of" in capsys.readouterr().out
     for one, other in zip(expected, history_of(project), strict=True):

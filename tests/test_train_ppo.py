@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import train_ppo
-from stages.lib.model import loading, memory
+from stages.lib.model import loading
 from stages.lib.model.loading import save_model
 from stages.lib.model.logps import TokenLogps
 from stages.lib.model.memory import MemoryDial
@@ -27,7 +27,7 @@ from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, load_params
 from stages.train_ppo import Params, main, mini_batches_of_update, prompts_of_update
 from tests.conftest import REPO, ShapesMade
-from tests.support import fp16_on_cpu
+from tests.support import fp16_on_cpu, short_of_memory
 from tests.support.tiny_ppo import EOS, VOCABULARY, make_policy, make_prompts, make_reward_model
 
 BASE = Base(seed=42, precision="fp32")
@@ -301,15 +301,7 @@ def test_a_rollout_carries_no_graph(root, monkeypatch):
 @pytest.mark.parametrize("kind", ["frozen", "separate"])
 def test_out_of_memory_in_a_step_halves_the_dial_and_changes_no_result(root, monkeypatch, capsys, kind):
     expected = run(root, KINDS[kind].replace(micro_batch_tokens=10_000))
-    pack = learner.pack
-
-    def packed(prompts, completions, *args):
-        if len(completions) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-        return pack(prompts, completions, *args)
-
-    monkeypatch.setattr(learner, "pack", packed)
-    monkeypatch.setattr(memory, "FEWEST", 8)
+    short_of_memory.install(monkeypatch, most=1, module=learner)
     for one, other in zip(expected, run(root, KINDS[kind].replace(micro_batch_tokens=10_000)), strict=True):
         assert one == pytest.approx(other, abs=5e-4)
     assert "train_ppo: memory ran out: goes on with micro-batches of" in capsys.readouterr().out

@@ -48,9 +48,7 @@ def curves(title: str, caption: str, lines: Mapping[str, Points], x_label: str, 
             axes.plot(x, y, label=name, color=colour, linewidth=1.8, marker="o", markersize=3)
         if len(lines) > 1:
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(lines))
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return Picture(title, caption, data_uri(file.getvalue(), "image/svg+xml"))
+        return Picture(title, caption, _svg(figure))
 
 
 def histograms(
@@ -69,9 +67,14 @@ def histograms(
         axes.set_xlim(left=0)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return Picture(title, caption, data_uri(file.getvalue(), "image/svg+xml"))
+        return Picture(title, caption, _svg(figure))
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as a data: URI, the same bytes for the same figure."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return data_uri(file.getvalue(), "image/svg+xml")
 
 
 def picture(path: Path, title: str, caption: str) -> Picture:
