@@ -23,7 +23,7 @@ GPU_PAIRS ?= data/pairs_embedded.jsonl
 # tests run abreast, one process a core; tests/conftest.py says which stay together
 ABREAST ?= -n logical --maxprocesses 4 --dist loadgroup
 
-.PHONY: repro test test-all lint deps install python lock check-hub bench-dpo bench-ppo gpu-check torch-build
+.PHONY: repro test test-all lint deps install python lock check-hub bench-dpo bench-ppo bench-generate gpu-check torch-build
 
 repro: install
 	$(BIN)/python -m stages.check_paths
@@ -52,6 +52,10 @@ bench-dpo: install
 
 bench-ppo: install $(STOCK)/.installed
 	$(BIN)/python -m bench.bench_ppo --stock-python $(STOCK)/bin/python
+	$(BIN)/python -m bench.bench_ppo --stock-python $(STOCK)/bin/python --shapes defaults
+
+bench-generate: install
+	$(BIN)/python -m bench.bench_generate
 
 # with a CUDA card, in about ten minutes: its tests, both benchmarks, and the homework's settings on the pairs at hand
 gpu-check: install $(STOCK)/.installed

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.dpo_growth import draw_growth, measure_growth
 from bench.dpo_ours import PARTS, training_params, write_token_tables
-from bench.measure import REPO, circumstances, in_fresh_process, linear_shapes, matmul_limit
+from bench.measure import REPO, circumstances, in_fresh_process, linear_shapes, matmul_limit, tokens_or_auto
 from bench.random_base import smollm2_135m, write_random_base
 from stages.lib.data.chat import apply_chat_template, to_implicit_prompt_preferences, tokenize_row, truncate
 from stages.lib.model.loading import DTYPES, load_tokenizer, pick_precision
@@ -42,11 +42,6 @@ from stages.train_dpo import Params, batches_of
 
 SEED, MAX_LENGTH = 42, 1024
 TRL_SETTINGS = ("trl_default", "trl_no_checkpointing", "trl_precomputed")  # bench/dpo_trl.py says what they change
-
-
-def tokens_or_auto(text: str) -> int | str:
-    """A number, or `auto`."""
-    return text if text == "auto" else int(text)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -3,14 +3,18 @@
 TRL has no PPO since; its last trainer runs in an environment of its own, which `make bench-ppo` makes.
 
 Reads   models/base (or --base), data/pairs_embedded.jsonl for the prompts
-Writes  bench/results/ppo_<device>.json
+Writes  bench/results/ppo_<device>.json, with --shapes defaults ppo_<device>_defaults.json
 
-Run     make bench-ppo                          (python -m bench.bench_ppo --device cpu)
+Run     make bench-ppo                          (python -m bench.bench_ppo --device cpu, then with --shapes defaults)
 
 The reward model is the base with a random head: the cost is the same, and nothing has to be trained first. Each
-run warms up with one update; medians over rounds are compared. `speedup` is ours in the precision we would choose
-against TRL as it comes; `speedup_fp32` is fp32 against fp32; both sides train a value model.
-`speedup_frozen_critic` is ours with a frozen critic in its place, as params.yaml has it: another algorithm.
+run warms up with one update; medians over rounds are compared.
+
+--shapes stock      episodes, lengths and passes near TRL's own; both sides train a value model. `speedup` is ours in
+                    the precision we would choose against TRL as it comes; `speedup_fp32` is fp32 against fp32;
+                    `speedup_frozen_critic` is ours with a frozen critic in the value model's place.
+--shapes defaults   those of params.yaml's train_ppo. `speedup` is ours with all of its settings, which may need no
+                    value model, against TRL's algorithm at equal episodes, lengths and passes.
 """
 
 import argparse
@@ -24,12 +28,15 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from bench.measure import REPO, circumstances, in_fresh_process
+from bench.measure import REPO, circumstances, in_fresh_process, tokens_or_auto
 from stages.lib.model.loading import load_tokenizer, pick_precision, save_model, set_seed
 from stages.lib.model.reward import new_reward_model
 from stages.lib.run.artefacts import round_floats, write_json, write_parquet
+from stages.lib.run.params import read_params
 
-SETTINGS = ("batch_size", "response_length", "num_ppo_epochs", "updates", "micro_batch_tokens", "seed")
+SHAPES = ("batch_size", "response_length", "num_ppo_epochs", "num_mini_batches")
+SETTINGS = (*SHAPES, "updates", "micro_batch_tokens", "seed")
+STOCK = {"batch_size": 8, "response_length": 53, "num_ppo_epochs": 2, "num_mini_batches": 2}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -48,21 +55,32 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--updates", type=int, default=3, help="measured updates of each run, after one to warm up"
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="episodes per update")
-    parser.add_argument("--response-length", type=int, default=53, help="tokens")
-    parser.add_argument("--num-ppo-epochs", type=int, default=2)
-    parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="ours: memory dial")
+    parser.add_argument("--shapes", default="stock", choices=("stock", "defaults"), help="of which of the two")
+    parser.add_argument("--batch-size", type=int, help="episodes per update")
+    parser.add_argument("--response-length", type=int, help="tokens")
+    parser.add_argument("--num-ppo-epochs", type=int)
+    parser.add_argument("--num-mini-batches", type=int)
+    parser.add_argument("--micro-batch-tokens", type=tokens_or_auto, default="auto", help="ours: memory dial")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output", type=Path, help="default: bench/results/ppo_<device>.json")
+    parser.add_argument("--output", type=Path, help="default: bench/results/ppo_<device>[_defaults].json")
     options = parser.parse_args(arguments)
+    shapes = STOCK if options.shapes == "stock" else read_params(REPO)["train_ppo"]
+    for name in SHAPES:
+        if getattr(options, name) is None:
+            setattr(options, name, shapes[name])
     if not options.stock_python.exists():
         parser.error(f"{options.stock_python} is not there: make bench-ppo makes TRL 1.12.0's environment")
     return options
 
 
-def sides_of(device: torch.device) -> dict[str, dict[str, Any]]:
+def sides_of(device: torch.device, shapes: str) -> dict[str, dict[str, Any]]:
     """The runs to compare. On CPUs TRL computes in fp32 whatever `bf16` says, so one run is both."""
     bf16 = pick_precision("auto", device) == "bf16"
+    if shapes == "defaults":
+        return {
+            "trl": {"side": "trl", "bf16": True},
+            "ours": {"side": "ours", "bf16": bf16, "train_ppo": read_params(REPO)["train_ppo"]},
+        }
     sides = {
         "trl": {"side": "trl", "bf16": True},  # PPOConfig's default
         "ours_fp32": {"side": "ours", "bf16": False, "critic": "separate"},
@@ -118,14 +136,23 @@ def summary_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare(sides: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Ratios of the medians: above 1 is faster, memory below 1 is leaner."""
+    """Ratios of the medians: above 1 is faster, memory below 1 is leaner; `speedup_low` and `speedup_high` are those
+    of ours at its slowest and fastest round against TRL at its fastest and slowest."""
+    ours, trl = sides["ours"], sides["trl"]
+    rates, theirs = (side["episodes_per_second_of_rounds"] for side in (ours, trl))
+    ratios = {
+        "speedup": ours["episodes_per_second"] / trl["episodes_per_second"],
+        "speedup_low": min(rates) / max(theirs),
+        "speedup_high": max(rates) / min(theirs),
+        "memory_ratio": ours["peak_memory_mb"] / trl["peak_memory_mb"],
+    }
+    if "ours_fp32" not in sides:
+        return ratios
     trl_fp32 = sides.get("trl_fp32", sides["trl"])
-    return {
-        "speedup": sides["ours"]["episodes_per_second"] / sides["trl"]["episodes_per_second"],
+    return ratios | {
         "speedup_frozen_critic": sides["ours_frozen_critic"]["episodes_per_second"]
         / sides["trl"]["episodes_per_second"],
         "speedup_fp32": sides["ours_fp32"]["episodes_per_second"] / trl_fp32["episodes_per_second"],
-        "memory_ratio": sides["ours"]["peak_memory_mb"] / sides["trl"]["peak_memory_mb"],
         "memory_ratio_frozen_critic": sides["ours_frozen_critic"]["peak_memory_mb"]
         / sides["trl"]["peak_memory_mb"],
         "memory_ratio_fp32": sides["ours_fp32"]["peak_memory_mb"] / trl_fp32["peak_memory_mb"],
@@ -136,11 +163,11 @@ def main(arguments: list[str]) -> dict[str, Any]:
     options = parse(arguments)
     device = torch.device(options.device)
     settings = {name: getattr(options, name) for name in SETTINGS}
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides_of(device)}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides_of(device, options.shapes)}
     with tempfile.TemporaryDirectory() as folder:
         prepare(options.base, Path(folder), options.seed, options.batch_size * (options.updates + 1))
         for number in range(options.rounds):
-            for name, side in sides_of(device).items():
+            for name, side in sides_of(device, options.shapes).items():
                 run = run_side(
                     {"root": folder, "device": options.device, **settings, **side}, options.stock_python
                 )
@@ -152,7 +179,10 @@ def main(arguments: list[str]) -> dict[str, Any]:
                 )
     sides = {name: summary_of(of_side) for name, of_side in runs.items()}
     result = compare(sides) | {"settings": settings, "sides": sides} | circumstances(device)
-    path = options.output or REPO / f"bench/results/ppo_{device.type}.json"
+    path = (
+        options.output
+        or REPO / f"bench/results/ppo_{device.type}{'_defaults' if options.shapes == 'defaults' else ''}.json"
+    )
     write_json(path, round_floats(result, 4))
     print(json.dumps(round_floats(compare(sides), 3)))
     print(f"wrote {path}")

@@ -54,6 +54,11 @@ def in_fresh_process(
         return json.loads(result.read_text()) | {"busy_elsewhere": max(0.0, elsewhere / cpu_seconds)}
 
 
+def tokens_or_auto(text: str) -> int | str:
+    """A number, or `auto`."""
+    return text if text == "auto" else int(text)
+
+
 def linear_shapes(model: nn.Module) -> Counter[tuple[int, int]]:
     """How many linear layers there are of each (inputs, outputs)."""
     layers = (module for module in model.modules() if isinstance(module, nn.Linear))

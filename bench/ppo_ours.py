@@ -21,7 +21,6 @@ from stages.lib.run.params import Base
 LIKE_STOCK = {
     "policy": "base",
     "answers_per_prompt": 1,
-    "num_mini_batches": 1,
     "learning_rate": 3e-6,
     "schedule": "linear",
     "warmup_updates": 0,
@@ -44,21 +43,19 @@ LIKE_STOCK = {
     "max_grad_norm": 0.0,
     "max_kl": 1e9,
     "min_entropy": 0.0,
-    "look_prompts": 1,
-    "look_every": 0,  # looks before the first update and after the last: outside of what is measured
 }
 
 
 def params_of(spec: dict[str, Any]) -> train_ppo.Params:
-    return train_ppo.Params(
-        **LIKE_STOCK,
-        episodes=spec["batch_size"] * (spec["updates"] + 1),
-        batch_size=spec["batch_size"],
-        num_ppo_epochs=spec["num_ppo_epochs"],
-        response_length=spec["response_length"],
-        critic=spec["critic"],
-        micro_batch_tokens=spec["micro_batch_tokens"],
-    )
+    """The settings of `spec["train_ppo"]`, or stock's with its `critic`; batches, lengths and passes are the spec's."""
+    settings = spec.get("train_ppo") or LIKE_STOCK | {"critic": spec["critic"]}
+    measured = {
+        name: spec[name] for name in ("batch_size", "num_ppo_epochs", "num_mini_batches", "response_length")
+    }
+    measured |= {"episodes": spec["batch_size"] * (spec["updates"] + 1)}
+    measured |= {"micro_batch_tokens": spec["micro_batch_tokens"]}
+    # looks before the first update and after the last: outside of what is measured
+    return train_ppo.Params(**settings | measured | {"look_prompts": 1, "look_every": 0})
 
 
 def watch_models() -> dict[str, PrecisionWatch]:

@@ -88,7 +88,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             total_episodes=spec["batch_size"] * (spec["updates"] + 1),
             response_length=spec["response_length"],
             num_ppo_epochs=spec["num_ppo_epochs"],
-            num_mini_batches=1,
+            num_mini_batches=spec["num_mini_batches"],
             stop_token="eos",
             missing_eos_penalty=1.0,
             seed=spec["seed"],

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from bench import bench_ppo
+from stages.lib.run.params import read_params
 from tests.conftest import REPO
 
 
 def side(rate, memory):
-    return {"episodes_per_second": rate, "peak_memory_mb": memory}
+    rounds = [0.9 * rate, rate, 1.1 * rate]
+    return {"episodes_per_second": rate, "episodes_per_second_of_rounds": rounds, "peak_memory_mb": memory}
 
 
 def test_ratios_by_hand():
@@ -20,6 +22,8 @@ def test_ratios_by_hand():
     assert bench_ppo.compare(sides) == pytest.approx(
         {
             "speedup": 4.0,
+            "speedup_low": 0.72 / 0.22,
+            "speedup_high": 0.88 / 0.18,
             "speedup_frozen_critic": 5.0,
             "speedup_fp32": 1.5,
             "memory_ratio": 0.5,
@@ -58,18 +62,20 @@ def test_summary_takes_medians_of_rounds():
 STOCK_PYTHON = REPO / ".venv-trl112/bin/python"
 
 
-@pytest.fixture
-def specs(tiny_base, tmp_path):
+def specs_of(shapes, tiny_base, root):
     """A spec of every side, over the tiny model."""
-    root = tmp_path / "bench"
     root.mkdir()
-    options = bench_ppo.parse(
-        ["--batch-size", "4", "--updates", "2", "--response-length", "4", "--stock-python", sys.executable]
-    )
+    arguments = ["--batch-size", "4", "--updates", "2", "--response-length", "4", "--stock-python", sys.executable]
+    options = bench_ppo.parse([*arguments, "--shapes", shapes])
     bench_ppo.prepare(tiny_base / "models/base", root, seed=1, count=12)
     settings = {name: getattr(options, name) for name in bench_ppo.SETTINGS}
-    sides = bench_ppo.sides_of(torch.device("cpu"))
+    sides = bench_ppo.sides_of(torch.device("cpu"), shapes)
     return {name: {"root": str(root), "device": "cpu", **settings, **side} for name, side in sides.items()}
+
+
+@pytest.fixture
+def specs(tiny_base, tmp_path):
+    return specs_of("stock", tiny_base, tmp_path / "bench")
 
 
 def check(result):
@@ -93,6 +99,15 @@ def test_our_sides_do_what_their_names_say(specs):
         assert ours["precision"]["reference"] == "bfloat16 weights, bfloat16 products"
         assert ours["precision"]["sampler"] == "bfloat16 weights, bfloat16 products"
     assert "value" in ours["precision"] and "value" not in frozen["precision"]
+
+
+def test_the_defaults_are_those_of_params_yaml(tiny_base, tmp_path):
+    spec = specs_of("defaults", tiny_base, tmp_path / "bench")["ours"]
+    section = read_params(REPO)["train_ppo"]
+    assert spec["num_ppo_epochs"] == section["num_ppo_epochs"] and spec["response_length"] == 4
+    result = bench_ppo.run_side(spec, STOCK_PYTHON)
+    check(result)
+    assert "value" not in result["precision"]  # rloo has no critic
 
 
 @pytest.mark.slow
@@ -119,4 +134,9 @@ def test_a_missing_stock_environment_is_named_with_its_remedy(tmp_path, capsys):
 
 
 def test_cuda_runs_trl_in_both_precisions():
-    assert list(bench_ppo.sides_of(torch.device("cpu"))) == ["trl", "ours_fp32", "ours", "ours_frozen_critic"]
+    assert list(bench_ppo.sides_of(torch.device("cpu"), "stock")) == [
+        "trl",
+        "ours_fp32",
+        "ours",
+        "ours_frozen_critic",
+    ]
