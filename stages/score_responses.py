@@ -31,11 +31,13 @@ from stages.lib.analysis.scorecard import CHOSEN, preferred_ranges, scorecard
 from stages.lib.analysis.stats import Resampling
 from stages.lib.analysis.verdict import Verdict, verdict
 from stages.lib.data.eos import up_to_eos
-from stages.lib.model.judge import load_judge, opinions
-from stages.lib.model.loading import freeze, load_causal_lm, load_tokenizer, pick_device, pick_precision
+from stages.lib.model.frozen_side import FrozenSide
+from stages.lib.model.judge import load_judge
+from stages.lib.model.loading import load_causal_lm, load_tokenizer, pick_device, pick_precision
 from stages.lib.model.memory import memory_dial
-from stages.lib.model.reward import closed, load_reward_model
+from stages.lib.model.reward import load_reward_model
 from stages.lib.report import plots
+from stages.lib.rl.rewards import sum_by_answer
 from stages.lib.run.artefacts import (
     atomic_path,
     read_json,
@@ -154,25 +156,21 @@ def score(
     said = [list(response) for _, response in different]
 
     tokenizer = load_tokenizer(root / "models/base")
-    read_as = [closed(response, tokenizer) for response in said]
-    base = freeze(load_causal_lm(root / "models/base", device))
+    base = load_causal_lm(root / "models/base", device)
     reward_model = load_reward_model(root / "models/reward", device)
     judge = load_judge(root / "models/judge")
     dial = memory_dial(micro_batch_tokens, 8192, base, "score_responses")
-    how = {"precision": precision, "progress": "judge, reward model and base"}
-    found = dial.run(opinions, judge, base, reward_model, asked, said, read_as, read, temperature, **how)
+    frozen = FrozenSide(base, reward_model, temperature, tokenizer, precision, dial)
+    found = frozen.opinions(asked, said, read, judge, progress="judge, reward model and base")
+    columns = pd.DataFrame({"score": found.scores.double(), "judge": found.judged.double()})
+    lengths = torch.tensor([len(said[i]) for i in np.flatnonzero(read)])
+    columns.loc[read, "base_logp"] = sum_by_answer(found.logps, lengths).double().numpy()
+    columns.loc[read, "base_entropy"] = (sum_by_answer(found.entropies, lengths) / lengths).double().numpy()
 
     scored, start = [], 0
-    names = {
-        "score": found.scores,
-        "judge": found.judge,
-        "base_logp": found.logps,
-        "base_entropy": found.entropies,
-    }
     for table in tables:
-        own = codes[start : start + len(table)]
-        columns = {name: values.double().numpy()[own] for name, values in names.items()}
-        scored.append(table.assign(**{name: columns[name] for name in list(names)[: 4 if "read" in table else 2]}))
+        of_table = columns.iloc[codes[start : start + len(table)], : 4 if "read" in table else 2]
+        scored.append(table.assign(**of_table.set_axis(table.index)))
         start += len(table)
     return scored, sum(map(len, asked)) + sum(map(len, said))
 

@@ -15,13 +15,12 @@ Run     dvc repro train_dpo                 (untracked: python -m stages.train_d
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import DistributedType
 from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm import tqdm
@@ -30,7 +29,6 @@ from stages.lib.data.reference import other_precision, read_reference_logps
 from stages.lib.model.adapters import (
     FULL,
     Lora,
-    TrainedWeights,
     adapters_learn,
     adapters_off,
     add_adapters,
@@ -41,7 +39,6 @@ from stages.lib.model.loading import (
     freeze,
     load_causal_lm,
     load_tokenizer,
-    loss_scale,
     make_accelerator,
     pick_device,
     pick_precision,
@@ -50,11 +47,11 @@ from stages.lib.model.loading import (
 )
 from stages.lib.model.logps import CompletionLogps, TokenLogps
 from stages.lib.model.memory import max_dial, memory_dial
-from stages.lib.model.packing import micro_batches_of_process, pack, shares_prefixes
+from stages.lib.model.packing import shares_prefixes
 from stages.lib.rl.dpo import dpo_losses, implicit_rewards, ipo_losses, sft_losses
+from stages.lib.rl.learner import Learner, NotFinite
 from stages.lib.rl.looks import Course, babbles, habits
 from stages.lib.rl.rollout import Actor
-from stages.lib.rl.schedule import learning_rate_schedule
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.checkpoints import Checkpoints
 from stages.lib.run.draws import draw
@@ -177,12 +174,7 @@ def losses_and_metrics(
 
 
 def run_batch(
-    accelerator: Accelerator,
-    policy: torch.nn.Module,
-    params: Params,
-    pairs: Pairs,
-    index: list[int],
-    train: bool,
+    learner: Learner, params: Params, pairs: Pairs, index: list[int], train: bool, micro_batch_tokens: int
 ) -> dict[str, float]:
     """Log-probs, losses and, in training, gradients of the pairs at `index`, a micro-batch at a time.
 
@@ -191,27 +183,16 @@ def run_batch(
     Returns:
         Means over `index` of every metric, the same on all processes.
     """
-    parts = micro_batches_of_process(
-        [pairs.lengths[i] for i in index],
-        params.micro_batch_tokens,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    prompts, chosen, rejected = ([of[i] for i in index] for of in (pairs.prompts, pairs.chosen, pairs.rejected))
+    lengths, accelerator = [pairs.lengths[i] for i in index], learner.accelerator
     found: list[tuple[float, Tensor]] = []  # weight and (metrics, pairs) of each micro-batch, on the device
-    for number, (part, weight) in enumerate(parts):
-        rows = [index[i] for i in part]
-        prompts = [pairs.prompts[i] for i in rows]
-        completions = [pairs.chosen[i] for i in rows] + [pairs.rejected[i] for i in rows]
-        batch = pack(prompts * 2, completions, shares_prefixes(accelerator.device)).to(accelerator.device)
-        last = number == len(parts) - 1
-        with nullcontext() if last or not train else accelerator.no_sync(policy):
-            with accelerator.autocast():  # sharded by FSDP2, accelerate 1.15 leaves the policy without it
-                chosen_logps, rejected_logps = policy(batch).chunk(2)
-            losses, metrics = losses_and_metrics(params, pairs, rows, chosen_logps, rejected_logps)
-            if train:
-                # data-parallel wrappers average over processes; the loss is a mean over the whole batch
-                share = weight * accelerator.num_processes / len(index)
-                accelerator.backward(losses.sum() * share)
+    for part, weight, logps in learner.outputs(
+        [prompts, prompts], [chosen, rejected], lengths, micro_batch_tokens
+    ):
+        losses, metrics = losses_and_metrics(params, pairs, [index[i] for i in part], *logps.chunk(2))
+        if train:
+            # data-parallel wrappers average over processes; the loss is a mean over the whole batch
+            accelerator.backward(losses.sum() * (weight * accelerator.num_processes / len(index)))
         found.append((weight, torch.stack(list(metrics.values()))))
     # copied once a batch, and summed on the CPU: MPS has no float64
     host = torch.cat([values for _, values in found], dim=1).cpu().double()
@@ -248,12 +229,11 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     reading = memory_dial(max_dial(params.micro_batch_tokens), 4096, model, "train_dpo")
     policy, answering = CompletionLogps(model), TokenLogps(model, params.temperature)
     adapted = add_adapters(model, params.lora, precision) if params.lora.rank else None
-    trained = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=params.learning_rate, weight_decay=params.weight_decay, fused=True)
-    policy, optimizer = accelerator.prepare(policy, optimizer)
     batches = list(batches_of(len(train), params, base.seed))
     num_steps = len(batches)
-    scheduler = learning_rate_schedule(params.schedule, optimizer.optimizer, params.warmup_steps, num_steps)
+    schedule = params.schedule, params.warmup_steps, num_steps
+    how = params.learning_rate, schedule, params.max_grad_norm, params.weight_decay
+    learner = Learner(policy, accelerator, dial, *how)
 
     sharded = accelerator.distributed_type == DistributedType.FSDP
     actor = None  # sharded, each process holds a part of the model, which cannot sample
@@ -264,25 +244,20 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         look_prompts = {judged["prompt_id"][i]: judged["input_ids"][i] for i in drawn}
         actor = Actor(answering, tokenizer, accelerator, precision, params.response_length, reading)
     with Checkpoints("train_dpo", root, base, params, sharded) as checkpoints:
-        saved = checkpoints.load(
-            model=TrainedWeights(model) if adapted else model,
-            optimizer=optimizer.optimizer,
-            scheduler=scheduler,
-            scaler=accelerator.scaler,
-        )
+        saved = checkpoints.load(learner=learner, scaler=accelerator.scaler)
         history: list[dict[str, Any]] = saved.get("history", [])
         course = Course(list(look_prompts), saved.get("course", {}))
         looks: list[dict[str, float]] = saved.get("looks", [])
         evaluations: list[dict[str, float]] = saved.get("evaluations", [])
         done = len(history)
 
-        def batch(pairs: Pairs, index: list[int], train: bool, micro_batch_tokens: int) -> dict[str, float]:
-            sized = params.replace(micro_batch_tokens=micro_batch_tokens)
+        def batch(pairs: Pairs, index: list[int], train: bool) -> dict[str, float]:
             with adapters_learn(model) if train else torch.no_grad(), use_packed_attention(model):
-                return run_batch(accelerator, policy, sized, pairs, index, train=train)
+                undo = learner.optimizer.zero_grad
+                return dial.run(run_batch, learner, params, pairs, index, train=train, undo=undo)
 
         def evaluate(step: int) -> None:
-            metrics = dial.run(batch, heldout, list(range(len(heldout))), train=False)
+            metrics = batch(heldout, list(range(len(heldout))), train=False)
             evaluations.append({"step": step, **metrics})
 
         def look(step: int, actor: Actor) -> None:
@@ -304,25 +279,19 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
                 rows, skipped = [train.rows[i] for i in index], 0
                 while True:
                     # 1. Log-probs of both completions, loss and gradients, summed over micro-batches
-                    metrics = dial.run(batch, train, index, train=True, undo=optimizer.zero_grad)
+                    metrics = batch(train, index, train=True)
                     if not math.isfinite(metrics["loss"]):
                         raise non_finite(root, step, rows, "loss", metrics)
                     # 2. One optimizer step on the mean gradient of the batch
-                    max_grad_norm = params.max_grad_norm or math.inf
-                    grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), max_grad_norm))
-                    learning_rate, scale = scheduler.get_last_lr()[0], loss_scale(accelerator)
-                    overflowed = metrics | {"gradient's norm": grad_norm}
-                    if accelerator.scaler is None and not math.isfinite(grad_norm):
-                        raise non_finite(root, step, rows, "gradient's norm", overflowed)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    if loss_scale(accelerator) >= scale:
+                    try:
+                        grad_norm, overflowed = learner.step()
+                    except NotFinite as error:
+                        found = metrics | {"gradient's norm": error.norm}
+                        raise non_finite(root, step, rows, "gradient's norm", found) from error
+                    if not overflowed:
                         break
-                    # the gradient overflowed fp16: no step was made and the scale is halved; the batch again
-                    skipped += 1
-                    if loss_scale(accelerator) < 1:
-                        raise non_finite(root, step, rows, "gradient's norm", overflowed)
-                scheduler.step()
+                    skipped += 1  # by fp16, whose scale is halved now: the batch again
+                learning_rate = learner.next_learning_rate()
                 # 3. What happened
                 history.append(
                     {
@@ -348,7 +317,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
                     history=history, evaluations=evaluations, course=course.columns, looks=looks
                 )
 
-        weights = accelerator.get_state_dict(policy)  # by all processes together: FSDP joins its parts
+        weights = accelerator.get_state_dict(learner.module)  # by all processes together: FSDP joins its parts
         if accelerator.is_main_process:
             if actor:
                 reference = answering

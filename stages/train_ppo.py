@@ -14,7 +14,6 @@ Run     dvc repro train_ppo                    (untracked: python -m stages.trai
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -26,15 +25,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages.lib.model import loading
+from stages.lib.model.adapters import TrainedWeights
+from stages.lib.model.frozen_side import FrozenSide
 from stages.lib.model.logps import TokenLogps
 from stages.lib.model.memory import MemoryDial, max_dial, memory_dial
 from stages.lib.model.reward import load_reward_model
 from stages.lib.rl.advantages import explained_variance, gae, leave_one_out, whiten
 from stages.lib.rl.critics import Critic, FrozenCritic, SeparateCritic, ValueHead
-from stages.lib.rl.frozen_side import FrozenSide
-from stages.lib.rl.learner import Collapse, Learner
+from stages.lib.rl.learner import Learner, NotFinite
 from stages.lib.rl.looks import Course, babbles, habits
 from stages.lib.rl.losses import policy_losses
+from stages.lib.rl.mini_batch import step_on
 from stages.lib.rl.rewards import (
     adapted_kl_coef,
     penalize_unfinished,
@@ -52,6 +53,10 @@ from stages.lib.run.params import Base, MicroBatchTokens, Section
 from stages.lib.run.phases import Phases
 from stages.lib.run.stage import run_stage
 from stages.lib.run.tracking import tracked
+
+
+class Collapse(RuntimeError):
+    """The policy is lost: its KL, its entropy or a number that is not finite says so."""
 
 
 class Params(Section):
@@ -158,6 +163,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     dial = memory_dial(params.micro_batch_tokens, 2048, policy.model, "train_ppo", training=True)
     schedule = params.schedule, params.warmup_updates, params.num_updates
     learner = Learner(policy, accelerator, dial, params.learning_rate, schedule, params.max_grad_norm)
+    trained = TrainedWeights(policy.model)
     actor = Actor(policy, tokenizer, accelerator, precision, params.response_length, frozen.dial)
     phases = Phases(accelerator.device)
 
@@ -166,7 +172,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         if not params.score_norm_episodes:
             return 0.0, 1.0
         drawn = draw(len(train), params.score_norm_episodes, base.seed, "score_norm_episodes")
-        rollout = frozen.judge(actor.roll_out([train[i] for i in drawn], base.seed + 1))[0].gathered(accelerator)
+        rollout = actor.roll_out([train[i] for i in drawn], base.seed + 1).judged(frozen)[0].gathered(accelerator)
         return score_scale(rollout.raw_scores)
 
     def scores_of(rollout: Rollout) -> Tensor:
@@ -177,7 +183,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     def look(update: int) -> None:
         """Answers the judge's prompts; the policy with the best objective yet, at a KL within max_kl, is kept."""
         with phases("looks"):
-            rollout = frozen.judge(actor.roll_out(look_prompts, base.seed))[0].gathered(accelerator)
+            rollout = actor.roll_out(look_prompts, base.seed).judged(frozen)[0].gathered(accelerator)
         kl = sum_by_answer(rollout.logps - rollout.ref_logps, rollout.lengths).mean().item()
         objective = scores_of(rollout).mean().item() - state["kl_coef"] * kl
         if not math.isfinite(objective):
@@ -189,14 +195,14 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         state["evaluations"].append(row | how | {"kept": kept})
         course.add(update, update * params.batch_size, rollout)
         if kept:  # the start itself need not be copied
-            now = policy.model.named_parameters() if update else ()
-            weights = {name: weight.detach().to("cpu", copy=True) for name, weight in now}
+            now = trained.state_dict() if update else {}
+            weights = {name: weight.to("cpu", copy=True) for name, weight in now.items()}
             state["best"] = {"update": update, "objective": objective, "weights": weights}
         if (warning := babbles(how, state["evaluations"][0])) and accelerator.is_main_process:
             tqdm.write(f"train_ppo: warning: update {update}: the policy {warning}")
 
     with Checkpoints("train_ppo", root, base, params) as checkpoints, tracked("train_ppo", params) as log:
-        critic = make_critic(root, params, accelerator, precision, dial)
+        critic = make_critic(root, params, accelerator, precision, dial, policy.model.config.hidden_size)
         saved = checkpoints.load(policy=learner, critic=critic, scaler=accelerator.scaler)
         state: dict[str, Any] = saved.get("state") or {
             "score_scale": fit_score_scale(),
@@ -225,7 +231,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
                     own = actor.roll_out(prompts, base.seed + 1 + update)
                 # 2. The frozen side reads every answer once: reference log-probs, score, critic features
                 with phases("frozen side"):
-                    own, features = frozen.judge(own)
+                    own, features = own.judged(frozen)
                 with phases("critic"):
                     values = critic.values(own, features) if critic else torch.zeros_like(own.logps)
                 rollout = dataclasses.replace(own, values=values).gathered(accelerator)
@@ -249,7 +255,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
                 with phases("policy update"):
                     if critic is None or update > params.value_warmup_updates:
                         steps = update_policy(learner, rollout, advantages, mini_batches, params)
-                learning_rate = learner.end_update()
+                learning_rate = learner.next_learning_rate()
                 with phases("critic"):
                     learned = critic.learn(rollout, returns, own, features, mini_batches) if critic else {}
                 # 6. What happened
@@ -267,7 +273,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
                 if update == params.num_updates or (params.look_every and update % params.look_every == 0):
                     look(update)
                 checkpoints.save_if_due(state=state)
-        except Collapse as collapse:
+        except (Collapse, NotFinite) as collapse:
             collapsed = f"update {update} of {params.num_updates}: {collapse}"
         if not any(row["policy/steps"] for row in history) and any(row["policy/skipped"] for row in history):
             collapsed = collapsed or "the gradient of every step overflowed fp16; set base.precision=fp32"
@@ -279,8 +285,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
             )
         if accelerator.is_main_process:
             if collapsed or kept < len(history):
-                weights = state["best"]["weights"] or dict(loading.load_causal_lm(start).named_parameters())
-                put_back(policy.model, weights)
+                trained.load_state_dict(state["best"]["weights"] or loading.load_causal_lm(start).state_dict())
             loading.save_model(policy.model, tokenizer, root / "models/ppo")
             course.write(root / "data/courses/ppo.parquet")
             write_reports(root, params, state, kept, collapsed)
@@ -295,17 +300,17 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
 
 
 def make_critic(
-    root: Path, params: Params, accelerator: Accelerator, precision: str, dial: MemoryDial
+    root: Path, params: Params, accelerator: Accelerator, precision: str, dial: MemoryDial, hidden_size: int
 ) -> Critic | None:
     """The critic that `params` asks for; none for leave-one-out advantages."""
     if params.advantages == "rloo":
         return None
-    model = load_reward_model(root / "models/reward", accelerator.device)
     if params.critic == "frozen":
-        return FrozenCritic(model.config.hidden_size, accelerator)
-    how = params.value_learning_rate, ("linear", 0, params.num_updates), params.max_grad_norm, params.vf_coef
-    head = ValueHead(model)
-    return SeparateCritic(head, Learner(head, accelerator, dial, *how), precision, params.cliprange_value)
+        return FrozenCritic(hidden_size, accelerator)
+    how = params.value_learning_rate, ("linear", 0, params.num_updates), params.max_grad_norm
+    head = ValueHead(load_reward_model(root / "models/reward", accelerator.device))
+    learner = Learner(head, accelerator, dial, *how)
+    return SeparateCritic(head, learner, params.vf_coef, precision, params.cliprange_value)
 
 
 def update_policy(
@@ -331,7 +336,7 @@ def update_policy(
 
     steps: list[dict[str, float]] = []
     for answers in mini_batches:
-        steps.append(learner.step(rollout, answers, losses_of, forbidden=too_far))
+        steps.append(step_on(learner, rollout, answers, losses_of, forbidden=too_far))
         if too_far(steps[-1]):
             break
     return steps
@@ -386,12 +391,6 @@ def check_health(metrics: dict[str, float], params: Params) -> None:
         raise Collapse(f"KL to the reference is {metrics['objective/kl']:.1f} nats per answer, above max_kl")
     if metrics["rollout/entropy"] < params.min_entropy:
         raise Collapse(f"entropy is {metrics['rollout/entropy']:.3g} nats per token, below min_entropy")
-
-
-@torch.no_grad()
-def put_back(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])
 
 
 def write_reports(root: Path, params: Params, state: dict[str, Any], kept: int, collapsed: str | None) -> None:

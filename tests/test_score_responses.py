@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 import stages.score_responses as stage
+from stages.lib.model.frozen_side import FrozenSide
 from stages.lib.model.judge import Judge, judge_features, save_judge
 from stages.lib.model.loading import save_model
 from stages.lib.run.artefacts import read_parquet, write_json, write_parquet
@@ -240,12 +241,12 @@ def test_ppos_objective_worked_example():
 def test_texts_are_read_once(root, monkeypatch):
     counts = []
 
-    def spy(judge, base, reward_model, prompts, *args, **how):
+    def spy(self, prompts, *args, **how):
         counts.append(len(prompts))
-        return real(judge, base, reward_model, prompts, *args, **how)
+        return real(self, prompts, *args, **how)
 
-    real = stage.opinions
-    monkeypatch.setattr(stage, "opinions", spy)
+    real = FrozenSide.opinions
+    monkeypatch.setattr(FrozenSide, "opinions", spy)
     main(BASE, PARAMS, root)
     answers = pd.DataFrame(read_parquet(root / "data/answers.parquet"))
     assert counts[0] <= 11 * len(WORDS) < len(answers) + 2 * 17  # prompts times texts, however often each was said

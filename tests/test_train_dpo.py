@@ -23,6 +23,8 @@ from trl import DPOConfig, DPOTrainer
 from stages import reference_logps, train_dpo
 from stages.lib.data.chat import apply_chat_template, to_implicit_prompt_preferences, tokenize_row
 from stages.lib.model import loading
+from stages.lib.model.memory import MemoryDial
+from stages.lib.rl import learner as learning
 from stages.lib.run.artefacts import read_json, read_parquet, write_parquet
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
@@ -267,12 +269,12 @@ def spoilt_gradient(monkeypatch, when):
     """The loss of a training batch stays finite, its gradient does not `when(number of the try)`; rows of all tries."""
     original, tries = train_dpo.run_batch, []
 
-    def run_batch(accelerator, policy, params, pairs, index, *, train):
-        metrics = original(accelerator, policy, params, pairs, index, train=train)
+    def run_batch(learner, params, pairs, index, *, train, **how):
+        metrics = original(learner, params, pairs, index, train=train, **how)
         if train:
             tries.append(index)
             if when(len(tries)):
-                next(policy.parameters()).grad[0, 0] = math.nan
+                next(learner.module.parameters()).grad[0, 0] = math.nan
         return metrics
 
     monkeypatch.setattr(train_dpo, "run_batch", run_batch)
@@ -351,13 +353,15 @@ def test_a_batch_is_read_from_the_device_once_and_in_no_precision_it_lacks(proje
 
     accelerator = loading.make_accelerator(torch.device("cpu"), "fp32")
     model = loading.load_causal_lm(project / "models/base")
-    policy, index = train_dpo.CompletionLogps(model), list(range(len(pairs)))
+    dial = MemoryDial(PARAMS.micro_batch_tokens)
+    learner = learning.Learner(train_dpo.CompletionLogps(model), accelerator, dial, 1e-3, ("constant", 0, 1), 1.0)
+    index = list(range(len(pairs)))
     with train_dpo.use_packed_attention(model):
-        expected = train_dpo.run_batch(accelerator, policy, PARAMS, pairs, index, train=False)
+        expected = dial.run(train_dpo.run_batch, learner, PARAMS, pairs, index, train=False)
         monkeypatch.setattr(train_dpo, "losses_and_metrics", on_device)
         monkeypatch.setattr(OnGpu, "refuses_float64", True)
         OnGpu.waits.clear()
-        assert train_dpo.run_batch(accelerator, policy, PARAMS, pairs, index, train=False) == expected
+        assert dial.run(train_dpo.run_batch, learner, PARAMS, pairs, index, train=False) == expected
     assert len(calls) > 1 and dict(OnGpu.waits) == {"cpu": 1}
 
 
@@ -365,7 +369,7 @@ def test_out_of_memory_in_a_step_halves_the_dial_and_changes_no_result(project, 
     train_dpo.main(BASE, PARAMS.replace(learning_rate=5e-5), project)
     expected = history_of(project)
     AcceleratorState._reset_state(reset_partial_state=True)
-    short_of_memory.install(monkeypatch, module=train_dpo)
+    short_of_memory.install(monkeypatch, module=learning)
     train_dpo.main(BASE, PARAMS.replace(micro_batch_tokens=4000, learning_rate=5e-5), project)
     assert "train_dpo: memory ran out: goes on with micro-batches of" in capsys.readouterr().out
     for one, other in zip(expected, history_of(project), strict=True):

@@ -132,7 +132,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(project, monkeypatch):
     with pytest.raises(Stopped):
         run(project, params)
     (checkpoint,) = project.glob("checkpoints/train_dpo/*/checkpoint.pt")
-    kept = torch.load(checkpoint, weights_only=True)["tracked"]["model"]
+    kept = torch.load(checkpoint, weights_only=True)["tracked"]["learner"]["model"]
     assert kept and all("lora_" in name for name in kept)
     assert run(project, params) == history
     assert expected == {

@@ -1,5 +1,6 @@
 """The stage on tiny models: what it learns, guards, writes and refuses."""
 
+import dataclasses
 import json
 import math
 import os
@@ -16,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import train_ppo
 from stages.lib.model import loading
+from stages.lib.model.frozen_side import FrozenSide
 from stages.lib.model.loading import save_model
 from stages.lib.model.logps import TokenLogps
 from stages.lib.model.memory import MemoryDial
 from stages.lib.rl import learner
-from stages.lib.rl.frozen_side import FrozenSide
 from stages.lib.rl.rollout import Actor
 from stages.lib.run.artefacts import read_parquet, write_parquet
 from stages.lib.run.errors import UserError
@@ -115,14 +116,13 @@ def weights_of(folder) -> dict[str, torch.Tensor]:
 
 def score_by(monkeypatch, score):
     """The reward model's score becomes `score(response)`."""
-    judge = FrozenSide.judge
+    opinions = FrozenSide.opinions
 
-    def judged(self, rollout):
-        rollout, features = judge(self, rollout)
-        scores = torch.tensor([float(score(response)) for response in rollout.responses])
-        return train_ppo.dataclasses.replace(rollout, raw_scores=scores), features
+    def scored(self, prompts, responses, **how):
+        scores = torch.tensor([float(score(response)) for response in responses])
+        return dataclasses.replace(opinions(self, prompts, responses, **how), scores=scores)
 
-    monkeypatch.setattr(FrozenSide, "judge", judged)
+    monkeypatch.setattr(FrozenSide, "opinions", scored)
 
 
 # what it writes
@@ -339,16 +339,15 @@ def test_kl_coef_follows_its_target(root):
 def looks_score(monkeypatch, scores):
     """The judge's prompts get these scores, one look after another; training prompts that of their first token."""
     waiting = iter(scores)
-    judge = FrozenSide.judge
+    opinions = FrozenSide.opinions
 
-    def judged(self, rollout):
-        rollout, features = judge(self, rollout)
-        scores = torch.tensor([float(response[0] % 2) for response in rollout.responses])
-        if len(rollout.prompts) == 5:
+    def scored(self, prompts, responses, **how):
+        scores = torch.tensor([float(response[0] % 2) for response in responses])
+        if len(prompts) == 5:
             scores = torch.full((5,), next(waiting))
-        return train_ppo.dataclasses.replace(rollout, raw_scores=scores), features
+        return dataclasses.replace(opinions(self, prompts, responses, **how), scores=scores)
 
-    monkeypatch.setattr(FrozenSide, "judge", judged)
+    monkeypatch.setattr(FrozenSide, "opinions", scored)
 
 
 def watch_weights(monkeypatch):
@@ -461,13 +460,13 @@ def test_the_sampler_keeps_its_rotary_frequencies_in_float32(precision):
 def test_precision_is_really_applied(root, monkeypatch, precision):
     seen = {}
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    roll_out, judge, values = Actor.roll_out, FrozenSide.judge, train_ppo.SeparateCritic.values
+    roll_out, opinions, values = Actor.roll_out, FrozenSide.opinions, train_ppo.SeparateCritic.values
 
     def watching(name, model_of, method):
-        def watched(self, *args):
+        def watched(self, *args, **how):
             handle = model_of(self).register_forward_hook(lambda *a: seen.setdefault(name, set()).add(a[-1].dtype))
             try:
-                return method(self, *args)
+                return method(self, *args, **how)
             finally:
                 handle.remove()
 
@@ -476,8 +475,8 @@ def test_precision_is_really_applied(root, monkeypatch, precision):
     policy = watching("policy", lambda actor: actor.policy.model.model.layers[0].mlp.up_proj, roll_out)
     sampler = watching("sampler", lambda actor: actor.sampler.model.layers[0].mlp.up_proj, policy)
     monkeypatch.setattr(Actor, "roll_out", sampler)
-    reference = watching("reference", lambda side: side.reference.model.layers[0].mlp.up_proj, judge)
-    monkeypatch.setattr(FrozenSide, "judge", reference)
+    reference = watching("reference", lambda side: side.base.model.layers[0].mlp.up_proj, opinions)
+    monkeypatch.setattr(FrozenSide, "opinions", reference)
     critic = watching("value", lambda critic: critic.head.model.model.layers[0].mlp.up_proj, values)
     monkeypatch.setattr(train_ppo.SeparateCritic, "values", critic)
     main(BASE.replace(precision=precision), SEPARATE.replace(episodes=8), root)

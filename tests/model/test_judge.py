@@ -1,7 +1,5 @@
 """The judge's read-out against transformers' own hidden states, one text at a time, and its files."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -13,11 +11,8 @@ from stages.lib.model.judge import (
     fit_judge,
     judge_features,
     load_judge,
-    opinions,
     save_judge,
 )
-from stages.lib.model.loading import load_causal_lm, set_seed
-from stages.lib.model.reward import new_reward_model
 from stages.lib.run.artefacts import read_json
 from stages.lib.run.errors import UserError
 
@@ -98,31 +93,3 @@ def test_the_fit_solves_its_own_equation():
     gradient_side = (weights / (1 + np.exp(differences @ fitted))) @ differences
     np.testing.assert_allclose(fitted, 0.3 * 2 * gradient_side, rtol=2e-3, atol=2e-3)
     assert fitted[2] < 0 < fitted[0]
-
-
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("micro_batch_tokens", [1, 20, 1000])
-def test_judge_and_reward_model_say_of_a_text_what_each_says_alone(
-    tiny_base, tokenizer, tiny_model, shared, micro_batch_tokens
-):
-    set_seed(0)
-    reward_model = new_reward_model(tiny_base / "models/base", tokenizer.pad_token_id)
-    base = load_causal_lm(tiny_base / "models/base")
-    if not shared:
-        base.get_decoder().layers[0].mlp.up_proj.weight.data *= 1.5
-    generator = torch.Generator().manual_seed(0)
-    judge = Judge(1, 0.1, *(torch.rand(3, 32, generator=generator) + 0.5).unbind())
-    read_as = [[12, 13, EOS], [14, EOS], [15, 16, EOS], [EOS], [30, EOS]]
-    read = [True, False, True, True, False]
-    found = opinions(judge, base, reward_model, PROMPTS, RESPONSES, read_as, read, 0.7, micro_batch_tokens, "fp32")
-    alone = judge.scores(whole_means(base, 1))
-    torch.testing.assert_close(found.judge, alone, atol=1e-5, rtol=1e-5)
-    texts = [prompt + answer for prompt, answer in zip(PROMPTS, read_as, strict=True)]
-    own = [reward_model(torch.tensor([ids])).logits.item() for ids in texts]
-    assert found.scores.tolist() == pytest.approx(own, abs=1e-6)
-    for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
-        log_probs = (base(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
-        logp = log_probs.gather(1, torch.tensor(response)[:, None]).sum().item() if read[i] else math.nan
-        entropy = -(log_probs.exp() * log_probs).sum(-1).mean().item() if read[i] else math.nan
-        assert found.logps[i].item() == pytest.approx(logp, rel=1e-5, nan_ok=True)
-        assert found.entropies[i].item() == pytest.approx(entropy, rel=1e-5, nan_ok=True)

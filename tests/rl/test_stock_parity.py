@@ -62,7 +62,7 @@ def test_three_updates_equal_stock(case):
     how = accelerator, MemoryDial(512), options["learning_rate"], ("linear", 0, 3), 0.0
     learner = Learner(policy, *how)
     head = ValueHead(make_reward_model(make_policy()))
-    critic = SeparateCritic(head, Learner(head, *how, coef=0.1), "fp32", 0.2)
+    critic = SeparateCritic(head, Learner(head, *how), 0.1, "fp32", 0.2)
 
     for update in STOCK["cases"][case]["updates"]:
         prompts, responses = update["prompts"], [cut(response) for response in update["responses"]]
@@ -84,14 +84,14 @@ def test_three_updates_equal_stock(case):
         longer_kl = torch.zeros(len(values)).masked_scatter(real, kl)
         rewards = token_rewards(longer_kl, scores, longer.lengths, options["kl_coef"])
         if options["whiten_rewards"]:
-            rewards = whiten(rewards, shift_mean=False)
+            rewards = whiten(rewards) + rewards.mean()
         advantages = gae(rewards, values, longer.lengths, options["gamma"], options["lam"])
         returns = advantages + values
 
         epochs = [places] * options["num_ppo_epochs"]
         whitened = whiten(advantages[real])
         steps = update_policy(learner, rollout, whitened, epochs, params)
-        learning_rate = learner.end_update()
+        learning_rate = learner.next_learning_rate()
         learned = critic.learn(longer, returns, longer, nothing, epochs)
 
         share = len(logps) / (8 * WIDTH)  # of the padded table that is answers

@@ -17,9 +17,7 @@ from transformers import PreTrainedModel
 from stages.lib.data.eos import up_to_eos
 from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.loading import autocast
-from stages.lib.model.logps import TokenLogps
 from stages.lib.model.packing import PackedBatch, packed_groups
-from stages.lib.model.reward import apply_head, backbone_of, same_weights, score_sequences
 from stages.lib.run.artefacts import atomic_path, read_json, write_json
 from stages.lib.run.errors import UserError
 
@@ -77,76 +75,6 @@ def judge_features(
     return answer_means(model, prompts, responses, [layer], micro_batch_tokens, precision, progress)[0]
 
 
-@dataclass(frozen=True)
-class Opinions:
-    """What is said of N answers, float32 on the CPU.
-
-    judge:     (N,) scores of the judge
-    scores:    (N,) of the reward model
-    logps:     (N,) summed log-probs under the base, nats; NaN where they were not asked for
-    entropies: (N,) mean entropy of its distributions before their tokens, nats; NaN where logps is
-    """
-
-    judge: Tensor
-    scores: Tensor
-    logps: Tensor
-    entropies: Tensor
-
-
-@torch.no_grad()
-def opinions(
-    judge: Judge,
-    base: PreTrainedModel,
-    reward_model: PreTrainedModel,
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    closed_responses: list[list[int]],
-    read: list[bool],
-    temperature: float,
-    micro_batch_tokens: int,
-    precision: str,
-    progress: str | None = None,
-) -> Opinions:
-    """What judge, reward model and base say of N answers: in one pass where the reward model's backbone is the base.
-
-    Args:
-        base: causal language model; reward_model: with its head; on the device where the work shall happen.
-        responses: N lists of token ids, as the judge and the base read them.
-        closed_responses: the same as the reward model reads them: `closed`.
-        read: whose log-probs are wanted, at this temperature.
-    """
-    count = len(responses)
-    wanted = [i for i in range(count) if read[i]]
-    base_reads = TokenLogps(base, temperature)
-    one_pass = same_weights(base.get_decoder(), backbone_of(reward_model))
-    # texts of three kinds, of which most are equal or begin alike
-    asked = [*prompts, *(prompts[i] for i in wanted), *(prompts if one_pass else [])]
-    said = [_before(base.config.eos_token_id, ids) for ids in responses] + [responses[i] for i in wanted]
-    said += closed_responses if one_pass else []
-    kinds = torch.tensor([0] * count + [1] * len(wanted) + [2] * (len(said) - count - len(wanted)))
-    owners = torch.tensor([*range(count), *wanted, *range(count)])
-    means = torch.empty(count, base.config.hidden_size)
-    scores, logps, entropies = torch.full((3, count), torch.nan)
-    bar = tqdm(total=sum(map(len, asked)) + sum(map(len, said)), desc=progress, unit="tok", unit_scale=True)
-    with use_packed_attention(base), autocast(base.device, precision), bar:
-        for rows, batch in packed_groups(asked, said, micro_batch_tokens, base.device, bar):
-            middle, last = hidden_after(base.get_decoder(), batch, [judge.layer], to_end=True)
-            judged, likely, scored = (kinds[rows] == kind for kind in range(3))
-            owner = owners[rows]
-            means[owner[judged]] = _mean_of_completions(middle, batch).cpu()[judged]
-            scores[owner[scored]] = apply_head(reward_model, last[batch.last_index]).cpu()[scored]
-            own = likely.to(base.device)[batch.label_sequence]
-            per_token = base_reads.of_hidden(last[batch.completion_index[own]], batch.labels[own])
-            tokens = torch.bincount(batch.label_sequence, minlength=len(rows)).cpu()
-            for values, to, share in ((per_token[0], logps, 1), (per_token[1], entropies, tokens)):
-                sums = values.new_zeros(len(rows)).index_add(0, batch.label_sequence[own], values).cpu() / share
-                to[owner[likely]] = sums[likely]
-    if not one_pass:
-        whole = [prompt + response for prompt, response in zip(prompts, closed_responses, strict=True)]
-        scores = torch.tensor(score_sequences(reward_model, whole, micro_batch_tokens, precision, progress))
-    return Opinions(judge.scores(means), scores, logps, entropies)
-
-
 @torch.no_grad()
 def answer_means(
     model: PreTrainedModel,
@@ -173,7 +101,7 @@ def answer_means(
         (L, N, H) float32 on the CPU, in the order given.
     """
     eos = model.config.eos_token_id
-    answers = [_before(eos, ids) for ids in responses]
+    answers = [until_end(ids, eos) for ids in responses]
     means = torch.empty(len(layers), len(answers), model.config.hidden_size)
     tokens = sum(map(len, prompts)) + sum(map(len, answers))
     bar = tqdm(total=tokens, desc=progress, unit="tok", unit_scale=True, disable=progress is None)
@@ -181,15 +109,16 @@ def answer_means(
     with use_packed_attention(model), autocast(model.device, precision), bar:
         for group, batch in packed_groups(prompts, answers, micro_batch_tokens, model.device, bar):
             for number, hidden in enumerate(hidden_after(model.get_decoder(), batch, layers)):
-                means[number, group] = _mean_of_completions(hidden, batch).cpu()
+                means[number, group] = mean_of_completions(hidden, batch).cpu()
     return means
 
 
-def _before(eos_token_id: int, ids: list[int]) -> list[int]:
+def until_end(ids: list[int], eos_token_id: int) -> list[int]:
+    """An answer as the judge reads it: without its EOS and what follows, or that EOS alone."""
     return [token for token in up_to_eos(ids, eos_token_id) if token != eos_token_id] or [eos_token_id]
 
 
-def _mean_of_completions(hidden: Tensor, batch: PackedBatch) -> Tensor:
+def mean_of_completions(hidden: Tensor, batch: PackedBatch) -> Tensor:
     """(T, H) hidden states of a packed batch to the (S, H) means over each completion's tokens, float32.
 
     `completion_index` holds the positions that predict a completion: from its prompt's last token to the last but

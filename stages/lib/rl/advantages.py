@@ -48,15 +48,14 @@ def leave_one_out(returns: Tensor, answers_per_prompt: int) -> Tensor:
     return (groups - others).flatten()
 
 
-def whiten(values: Tensor, shift_mean: bool = True) -> Tensor:
-    """To variance 1 and, with `shift_mean`, mean 0.
+def whiten(values: Tensor) -> Tensor:
+    """To mean 0 and variance 1.
 
     A single token, or tokens without spread, have no variance: they are only shifted.
     """
     mean = values.mean()
     variance = ((values - mean) ** 2).sum() / max(len(values) - 1, 1)
-    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
-    return whitened if shift_mean else whitened + mean
+    return (values - mean) * torch.rsqrt(variance + 1e-8)
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:

@@ -14,6 +14,7 @@ from stages.lib.model.packing import PackedBatch, read_tokens
 from stages.lib.model.reward import apply_head, backbone_of
 from stages.lib.rl.learner import Learner
 from stages.lib.rl.losses import value_losses
+from stages.lib.rl.mini_batch import step_on
 from stages.lib.rl.rollout import Rollout
 from stages.lib.run.checkpoints import Stateful
 
@@ -95,6 +96,7 @@ class SeparateCritic:
 
     head: ValueHead
     learner: Learner  # of the head
+    coef: float  # weight of the loss
     precision: str
     cliprange: float  # of a value, around what it was in the rollout
 
@@ -115,9 +117,9 @@ class SeparateCritic:
             losses, clipped = value_losses(values, old, wanted, self.cliprange)
             return losses, {"clipfrac": clipped.float()}
 
-        taken = [self.learner.step(rollout, answers, losses_of) for answers in steps]
+        taken = [step_on(self.learner, rollout, answers, losses_of, self.coef) for answers in steps]
         counts = [sum(len(rollout.responses[i]) for i in answers) for answers in steps]
-        self.learner.end_update()
+        self.learner.next_learning_rate()
 
         def mean(name: str) -> float:
             return sum(count * step[name] for count, step in zip(counts, taken, strict=True)) / sum(counts)

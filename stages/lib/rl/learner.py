@@ -1,7 +1,7 @@
-"""Optimizer steps on answers of a rollout, in micro-batches and over any number of processes."""
+"""A model in training: optimizer steps in micro-batches, over any number of processes, with fp16's loss scale."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -10,23 +10,24 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.lib.model.attention import use_packed_attention
+from stages.lib.model.adapters import TrainedWeights
 from stages.lib.model.loading import loss_scale
 from stages.lib.model.memory import MemoryDial
 from stages.lib.model.packing import micro_batches_of_process, pack, shares_prefixes
-from stages.lib.rl.rollout import Rollout
 from stages.lib.rl.schedule import learning_rate_schedule
 
-#: (module's output, indices of its tokens in the rollout) to (n,) losses and (n,) statistics by name
-Losses = Callable[[Any, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
+class NotFinite(ArithmeticError):
+    """The gradient is not finite, and no loss scale makes it so. Nothing has been changed."""
 
-class Collapse(RuntimeError):
-    """The policy is lost: its KL, its entropy or a number that is not finite says so."""
+    def __init__(self, norm: float, scaled: bool):
+        where = ", at a loss scale below 1 too; try base.precision=fp32" if scaled else ""
+        super().__init__(f"the gradient's norm is {norm}{where}")
+        self.norm = norm
 
 
 class Learner:
-    """A policy or a value model in training, with its optimizer and the schedule of its learning rate."""
+    """A module whose trainable parameters AdamW moves, at a learning rate that follows a schedule."""
 
     def __init__(
         self,
@@ -35,102 +36,90 @@ class Learner:
         dial: MemoryDial,
         learning_rate: float,
         schedule: tuple[str, int, int],
-        max_grad_norm: float,
-        coef: float = 1.0,
+        max_grad_norm: float | None,
+        weight_decay: float = 0.0,
     ):
         """
         Args:
             module: takes packed batches to what the losses are made of; its transformer is `module.model`.
             dial: tokens of a micro-batch.
             learning_rate: peak.
-            schedule: its name, updates of warm-up and updates in all.
-            max_grad_norm: clipping; 0: none.
-            coef: weight of the loss.
+            schedule: its name, steps of warm-up and steps in all.
+            max_grad_norm: clipping; None or 0: none.
+            weight_decay: decoupled.
         """
         self.model = cast(PreTrainedModel, module.model)
-        self.accelerator, self.dial = accelerator, dial
-        self.max_grad_norm, self.coef = max_grad_norm or math.inf, coef
-        optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
-        self.wrapped, self.optimizer = accelerator.prepare(module, optimizer)
-        name, warmup, updates = schedule
-        self.scheduler = learning_rate_schedule(name, self.optimizer.optimizer, warmup, updates)
+        self.accelerator, self.dial, self.max_grad_norm = accelerator, dial, max_grad_norm or math.inf
+        trained = [weight for weight in module.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, fused=True)
+        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        name, warmup, steps = schedule
+        self.scheduler = learning_rate_schedule(name, self.optimizer.optimizer, warmup, steps)
 
-    def step(
+    def outputs(
         self,
-        rollout: Rollout,
-        answers: list[int],
-        losses_of: Losses,
-        forbidden: Callable[[dict[str, float]], bool] = lambda means: False,
-    ) -> dict[str, float]:
-        """One step on the mean loss over all tokens of `answers`, whatever the micro-batches and processes.
+        prompts: list[list[list[int]]],
+        completions: list[list[list[int]]],
+        lengths: list[int],
+        micro_batch_tokens: int,
+    ) -> Iterator[tuple[list[int], float, Any]]:
+        """This process's share of N items, a micro-batch at a time.
+
+        In training the caller goes backward from an output before it asks for the next: all but the last backward
+        pass leave the processes' gradients apart.
 
         Args:
-            forbidden: whether these means forbid the step; the gradient is then thrown away.
+            prompts, completions: K columns of N lists of token ids each: the K texts of an item.
+            lengths: tokens that each item puts through the module.
 
-        Returns:
-            Means over the tokens of the loss and of every statistic (the maximum where its name ends in "max"), the
-            same in all processes; `grad_norm` before clipping (0 where fp16's scaler skipped the step), and `steps`
-            and `skipped`, 0 or 1.
-
-        Raises:
-            Collapse: the gradient is not finite, and no scale of fp16's makes it so. Nothing has been changed then.
+        Yields:
+            Indices of some items, their weight (1.0; or 0.0, where they only keep step with other processes), and the
+            module's output for their texts, column after column.
         """
-        accelerator, optimizer = self.accelerator, self.optimizer
-        with use_packed_attention(self.model):
-            means = self.dial.run(self._mean_gradient, rollout, answers, losses_of, undo=optimizer.zero_grad)
-        if forbidden(means):
-            optimizer.zero_grad()
-            return means | {"grad_norm": 0.0, "steps": 0, "skipped": 0}
-        norm = float(cast(Tensor, accelerator.clip_grad_norm_(self.wrapped.parameters(), self.max_grad_norm)))
-        if not math.isfinite(norm) and accelerator.scaler is None:
-            optimizer.zero_grad()
-            raise Collapse(f"the gradient's norm is {norm}")
-        scale = loss_scale(accelerator)
-        optimizer.step()  # with fp16's scaler, a step whose gradient overflowed is skipped and the scale halved
-        optimizer.zero_grad()
-        skipped = loss_scale(accelerator) < scale
-        if skipped and loss_scale(accelerator) < 1:
-            raise Collapse(f"the gradient's norm is {norm}, at a loss scale below 1 too; try base.precision=fp32")
-        return means | {"grad_norm": 0.0 if skipped else norm, "steps": int(not skipped), "skipped": int(skipped)}
-
-    def _mean_gradient(
-        self, rollout: Rollout, answers: list[int], losses_of: Losses, micro_batch_tokens: int
-    ) -> dict[str, float]:
-        prompts, responses, accelerator = rollout.prompts, rollout.responses, self.accelerator
-        lengths = [len(prompts[i]) + len(responses[i]) for i in answers]
-        num_tokens = sum(len(responses[i]) for i in answers)
+        accelerator = self.accelerator
         of_process = accelerator.process_index, accelerator.num_processes
         parts = micro_batches_of_process(lengths, micro_batch_tokens, *of_process)
-        sums: dict[str, Tensor] = {}
         for number, (part, weight) in enumerate(parts):
-            rows = [answers[i] for i in part]
-            texts = [prompts[i] for i in rows], [responses[i] for i in rows]
-            batch = pack(*texts, shares_prefixes(accelerator.device)).to(accelerator.device)
-            with nullcontext() if number == len(parts) - 1 else accelerator.no_sync(self.wrapped):
-                with accelerator.autocast():
-                    output = self.wrapped(batch)
-                losses, statistics = losses_of(output, rollout.tokens_of(rows))
-                # data-parallel wrappers average over processes; the loss is a mean over the whole mini-batch
-                accelerator.backward(losses.sum() * (self.coef * weight * accelerator.num_processes / num_tokens))
-            for name, values in {"loss": losses.detach(), **statistics}.items():
-                value = weight * (values.max() if name.endswith("max") else values.sum())
-                before = sums.get(name, torch.zeros_like(value))
-                sums[name] = torch.maximum(before, value) if name.endswith("max") else before + value
-        everywhere = cast(Tensor, accelerator.gather(torch.stack(list(sums.values()))[None]))
-        means = [
-            column.max() if name.endswith("max") else column.sum() / num_tokens
-            for name, column in zip(sums, everywhere.T, strict=True)
-        ]
-        return dict(zip(sums, torch.stack(means).tolist(), strict=True))  # copied to the host once
+            asked, said = ([column[i] for column in columns for i in part] for columns in (prompts, completions))
+            batch = pack(asked, said, shares_prefixes(accelerator.device)).to(accelerator.device)
+            alone = number == len(parts) - 1 or not torch.is_grad_enabled()
+            with nullcontext() if alone else accelerator.no_sync(self.module):
+                with accelerator.autocast():  # sharded by FSDP2, accelerate 1.15 leaves the module without it
+                    output = self.module(batch)
+                yield part, weight, output
 
-    def end_update(self) -> float:
-        """The learning rate of the update that ends here; the next one has the schedule's next."""
+    def step(self) -> tuple[float, bool]:
+        """Clips the gradient, steps on it and lets it go.
+
+        Returns:
+            The gradient's norm before clipping; and whether fp16's scaler left the step out, since the gradient
+            overflowed, and halved its scale.
+
+        Raises:
+            NotFinite
+        """
+        accelerator = self.accelerator
+        norm = float(cast(Tensor, accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)))
+        if accelerator.scaler is None and not math.isfinite(norm):
+            self.optimizer.zero_grad()
+            raise NotFinite(norm, scaled=False)
+        scale = loss_scale(accelerator)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        skipped = loss_scale(accelerator) < scale
+        if skipped and loss_scale(accelerator) < 1:
+            raise NotFinite(norm, scaled=True)
+        return norm, skipped
+
+    def next_learning_rate(self) -> float:
+        """Ends the schedule's step: the learning rate that it had; the next one has the schedule's next."""
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
         return learning_rate
 
     def _parts(self) -> dict[str, Any]:
-        return {"model": self.model, "optimizer": self.optimizer.optimizer, "scheduler": self.scheduler}
+        weights = TrainedWeights(self.model)
+        return {"model": weights, "optimizer": self.optimizer.optimizer, "scheduler": self.scheduler}
 
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._parts().items()}

@@ -1,0 +1,141 @@
+"""What frozen models say of answers: a base its log-probs, a reward model its scores, a judge its own."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stages.lib.model.attention import hidden_states, use_packed_attention
+from stages.lib.model.judge import Judge, hidden_after, mean_of_completions, until_end
+from stages.lib.model.loading import DTYPES, autocast, cast_linear_layers, freeze, own_memory
+from stages.lib.model.logps import TokenLogps
+from stages.lib.model.memory import MemoryDial
+from stages.lib.model.packing import packed_groups
+from stages.lib.model.reward import apply_head, backbone_of, closed, same_weights, score_sequences
+
+
+@dataclass(frozen=True)
+class Opinions:
+    """What is said of B answers, float32 on the CPU. Per-token tensors are (N,), answer after answer.
+
+    logps:     (N,) of the answers that were to be read, under the base at its temperature, nats
+    entropies: (N,) of its distributions before their tokens, nats
+    features:  (N, H) its hidden states before their tokens; (0,) where they were not asked for
+    scores:    (B,) of the reward model
+    judged:    (B,) of the judge; None where none was asked
+    """
+
+    logps: Tensor
+    entropies: Tensor
+    features: Tensor
+    scores: Tensor
+    judged: Tensor | None
+
+
+class FrozenSide:
+    """A base and a reward model that never change: one forward pass where the backbones are equal, bit for bit.
+
+    The reward model's is then let go.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        reward_model: PreTrainedModel,
+        temperature: float,
+        tokenizer: PreTrainedTokenizerBase,
+        precision: str,
+        dial: MemoryDial,
+    ):
+        """
+        Args:
+            base, reward_model: on the device where the work shall happen; frozen here.
+            temperature: of the log-probs and entropies.
+            dial: tokens of a forward pass.
+        """
+        self.base, self.reward_model = freeze(base), freeze(reward_model)
+        self.tokenizer, self.precision, self.dial = tokenizer, precision, dial
+        self.logps = TokenLogps(base, temperature)
+        self.shares_backbone = same_weights(base.get_decoder(), backbone_of(reward_model))
+        if self.shares_backbone:
+            setattr(reward_model, reward_model.base_model_prefix, base.get_decoder())
+        if precision != "fp32":
+            for model in (base, reward_model):
+                cast_linear_layers(model, DTYPES[precision], but=("score",))
+        own_memory(base)
+        own_memory(reward_model.get_submodule("score") if self.shares_backbone else reward_model)
+
+    def opinions(
+        self,
+        prompts: list[list[int]],
+        responses: list[list[int]],
+        read: list[bool] | None = None,
+        judge: Judge | None = None,
+        with_features: bool = False,
+        progress: str | None = None,
+    ) -> Opinions:
+        """What is said of B answers; the reward model reads them `closed`, the judge up to their end.
+
+        Args:
+            prompts, responses: B lists of token ids each.
+            read: whose log-probs are wanted; None: everyone's.
+            judge: of the base's hidden states.
+            progress: a label for a progress bar over tokens, or None for none.
+        """
+        wanted = [i for i in range(len(responses)) if read is None or read[i]]
+        how = {"judge": judge, "with_features": with_features, "progress": progress}
+        return self.dial.run(self._opinions, prompts, responses, wanted, **how)
+
+    @torch.no_grad()
+    def _opinions(
+        self,
+        prompts: list[list[int]],
+        responses: list[list[int]],
+        wanted: list[int],
+        judge: Judge | None,
+        with_features: bool,
+        progress: str | None,
+        micro_batch_tokens: int,
+    ) -> Opinions:
+        base, count = self.base, len(responses)
+        ends = [closed(response, self.tokenizer) for response in responses]
+        # texts of three kinds, of which most are equal or begin alike: packed once
+        kinds = [
+            [(i, until_end(responses[i], base.config.eos_token_id)) for i in range(count if judge else 0)],
+            [(i, responses[i]) for i in wanted],
+            [(i, ends[i]) for i in range(count if self.shares_backbone else 0)],
+        ]
+        kind_of = torch.tensor([kind for kind, texts in enumerate(kinds) for _ in texts])
+        owner_of = torch.tensor([i for texts in kinds for i, _ in texts])
+        asked, said = [prompts[i] for i in owner_of.tolist()], [text for texts in kinds for _, text in texts]
+        means, scores = torch.empty(count, base.config.hidden_size), torch.empty(count)
+        of_tokens: dict[int, tuple[Tensor, ...]] = {}  # of an answer: logps, entropies and, if asked for, features
+        tokens = sum(map(len, asked)) + sum(map(len, said))
+        bar = tqdm(total=tokens, desc=progress, unit="tok", unit_scale=True, disable=progress is None)
+        with use_packed_attention(base), autocast(base.device, self.precision), bar:
+            for rows, batch in packed_groups(asked, said, micro_batch_tokens, base.device, bar):
+                to_judge, to_read, to_score = (kind_of[rows] == kind for kind in range(3))
+                owners = owner_of[rows]
+                if judge:
+                    middle, last = hidden_after(base.get_decoder(), batch, [judge.layer], to_end=True)
+                    means[owners[to_judge]] = mean_of_completions(middle, batch).cpu()[to_judge]
+                else:
+                    last = hidden_states(base.get_decoder(), batch)
+                own = to_read.to(base.device)[batch.label_sequence]
+                before = last[batch.completion_index[own]]
+                columns = [*self.logps.of_hidden(before, batch.labels[own])]
+                columns += [before.float()] if with_features else []
+                lengths = [len(said[row]) for row in torch.tensor(rows)[to_read].tolist()]
+                parts = [column.cpu().split(lengths) for column in columns]
+                of_tokens |= dict(zip(owners[to_read].tolist(), zip(*parts, strict=True), strict=True))
+                last = last[batch.last_index[to_score.to(base.device)]]
+                scores[owners[to_score]] = apply_head(self.reward_model, last).cpu()
+        if not self.shares_backbone:
+            whole = [prompt + end for prompt, end in zip(prompts, ends, strict=True)]
+            how = micro_batch_tokens, self.precision, progress
+            scores = torch.tensor(score_sequences(self.reward_model, whole, *how))
+        columns = [torch.cat(parts) for parts in zip(*(of_tokens[i] for i in wanted), strict=True)]
+        logps, entropies, features = [*columns, *[torch.empty(0)] * 3][:3]
+        return Opinions(logps, entropies, features, scores, judge.scores(means) if judge else None)
