@@ -13,6 +13,7 @@ import stages.score_responses as stage
 from stages.lib.model.frozen_side import FrozenSide
 from stages.lib.model.judge import Judge, judge_features, save_judge
 from stages.lib.model.loading import save_model
+from stages.lib.model.reward import closed
 from stages.lib.run.artefacts import read_parquet, write_json, write_parquet
 from stages.lib.run.params import Base
 from stages.score_responses import Params, main
@@ -124,9 +125,9 @@ def test_scores_are_the_models_own_of_one_text_at_a_time(root, scored, tokenizer
     assert set(answers["model"]) == {"base", "dpo", "ppo", "chosen"}
     for row in answers.iloc[::5].itertuples():
         prompt, ids = prompts[row.prompt_id], row.response_ids
-        closed = stage.closed(ids, tokenizer)
+        ending = closed(ids, tokenizer)
         with torch.no_grad():
-            hidden = reward.model(torch.tensor([prompt + closed])).last_hidden_state[0, -1]
+            hidden = reward.model(torch.tensor([prompt + ending])).last_hidden_state[0, -1]
             assert row.score == pytest.approx((reward.score.weight[0] @ hidden).item(), abs=1e-4)
         alone = judge.scores(judge_features(base, [prompt], [ids], judge.layer, 512, "fp32"))
         assert row.judge == pytest.approx(alone.item(), abs=1e-4)
