@@ -26,7 +26,8 @@ from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 from stages.lib.data.sizes import too_few_for_the_judge
-from stages.lib.model.judge import Judge, answer_means, fit_judge, save_judge
+from stages.lib.model.answer_means import answer_means
+from stages.lib.model.judge import Judge, fit_judge, save_judge
 from stages.lib.model.loading import freeze, load_causal_lm, pick_device, pick_precision
 from stages.lib.model.memory import memory_dial
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json

@@ -172,7 +172,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         if not params.score_norm_episodes:
             return 0.0, 1.0
         drawn = draw(len(train), params.score_norm_episodes, base.seed, "score_norm_episodes")
-        rollout = actor.roll_out([train[i] for i in drawn], base.seed + 1).judged(frozen)[0].gathered(accelerator)
+        rollout = judged(actor.roll_out([train[i] for i in drawn], base.seed + 1), frozen)[0].gathered(accelerator)
         return score_scale(rollout.raw_scores)
 
     def scores_of(rollout: Rollout) -> Tensor:
@@ -183,7 +183,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     def look(update: int) -> None:
         """Answers the judge's prompts; the policy with the best objective yet, at a KL within max_kl, is kept."""
         with phases("looks"):
-            rollout = actor.roll_out(look_prompts, base.seed).judged(frozen)[0].gathered(accelerator)
+            rollout = judged(actor.roll_out(look_prompts, base.seed), frozen)[0].gathered(accelerator)
         kl = sum_by_answer(rollout.logps - rollout.ref_logps, rollout.lengths).mean().item()
         objective = scores_of(rollout).mean().item() - state["kl_coef"] * kl
         if not math.isfinite(objective):
@@ -231,7 +231,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
                     own = actor.roll_out(prompts, base.seed + 1 + update)
                 # 2. The frozen side reads every answer once: reference log-probs, score, critic features
                 with phases("frozen side"):
-                    own, features = own.judged(frozen)
+                    own, features = judged(own, frozen)
                 with phases("critic"):
                     values = critic.values(own, features) if critic else torch.zeros_like(own.logps)
                 rollout = dataclasses.replace(own, values=values).gathered(accelerator)
@@ -297,6 +297,12 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         "shared_backbone": frozen.shares_backbone,
         "phase_seconds": dict(phases.seconds),
     }
+
+
+def judged(rollout: Rollout, frozen: FrozenSide) -> tuple[Rollout, Tensor]:
+    """With reference log-probs and raw scores; and (N, H) the reference's hidden states before the tokens."""
+    said = frozen.opinions(rollout.prompts, rollout.responses, with_features=True)
+    return dataclasses.replace(rollout, ref_logps=said.logps, raw_scores=said.scores), said.features
 
 
 def make_critic(

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from stages.lib.model.frozen_side import FrozenSide
-from stages.lib.model.judge import Judge
 from stages.lib.model.loading import load_causal_lm, set_seed
 from stages.lib.model.memory import MemoryDial
 from stages.lib.model.reward import new_reward_model
@@ -15,7 +14,7 @@ from stages.lib.rl.rewards import sum_by_answer
 EOS = 2
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11], [5, 6, 7], [5, 6, 20], [8, 9, 10, 11]]
 RESPONSES = [[12, 13, EOS], [14], [15, 16, 17, 18], [EOS], [12, 13, 31]]
-JUDGED = [[12, 13], [14], [15, 16, 17, 18], [EOS], [12, 13, 31]]  # up to the first EOS, itself if alone
+OWN = [[12, 13], [14], [15, 16, 17, 18], [EOS], [12, 13, 31]]  # up to the first EOS, itself if alone
 SCORED = [[12, 13, EOS], [14, EOS], [15, 16, 17, 18, EOS], [EOS], [12, 13, 31, EOS]]  # none of them has a sentence
 
 
@@ -29,11 +28,10 @@ def test_all_say_of_an_answer_what_each_says_alone(tiny_base, tokenizer, shared,
         base.get_decoder().layers[0].mlp.up_proj.weight.data *= 1.5
     with torch.no_grad():
         scores = [reward_model(torch.tensor([p + s])).logits.item() for p, s in zip(PROMPTS, SCORED, strict=True)]
-    judge = Judge(1, 0.1, *(torch.rand(3, 32, generator=torch.Generator().manual_seed(0)) + 0.5).unbind())
     read = [True, False, True, True, False]
     frozen = FrozenSide(base, reward_model, 0.7, tokenizer, "fp32", MemoryDial(micro_batch_tokens))
     assert frozen.shares_backbone == shared
-    found = frozen.opinions(PROMPTS, RESPONSES, read, judge, with_features=True)
+    found = frozen.opinions(PROMPTS, RESPONSES, read, layer=1, with_features=True)
     assert found.scores.tolist() == pytest.approx(scores, abs=1e-6)
     lengths = torch.tensor([3, 4, 1])
     of_answers = zip(sum_by_answer(found.logps, lengths), sum_by_answer(found.entropies, lengths), strict=True)
@@ -41,9 +39,8 @@ def test_all_say_of_an_answer_what_each_says_alone(tiny_base, tokenizer, shared,
     for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         with torch.no_grad():
             out = base(torch.tensor([prompt + response]), output_hidden_states=True)
-            judged = base.model(torch.tensor([prompt + JUDGED[i]]), output_hidden_states=True).hidden_states[1]
-        mean = judged[0, len(prompt) :].mean(0)
-        assert found.judged[i].item() == pytest.approx(judge.scores(mean).item(), abs=1e-4)
+            middle = base.model(torch.tensor([prompt + OWN[i]]), output_hidden_states=True).hidden_states[1]
+        torch.testing.assert_close(found.means[i], middle[0, len(prompt) :].mean(0), atol=1e-5, rtol=1e-5)
         if read[i]:
             log_probs = (out.logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
             logp, entropy = next(of_answers)
@@ -59,5 +56,5 @@ def test_what_is_not_asked_for_is_not_there(tiny_base, tokenizer):
         load_causal_lm(tiny_base / "models/base"), reward_model, 1.0, tokenizer, "fp32", MemoryDial(99)
     )
     found = frozen.opinions(PROMPTS, RESPONSES, read=[False] * 5)
-    assert found.judged is None and found.logps.numel() == found.features.numel() == 0
+    assert found.logps.numel() == found.features.numel() == found.means.numel() == 0
     assert len(found.scores) == 5 and all(map(math.isfinite, found.scores.tolist()))

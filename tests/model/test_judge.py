@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stages.lib.model.answer_means import answer_means
 from stages.lib.model.judge import (
     Judge,
-    answer_means,
     fit_judge,
     judge_features,
     load_judge,

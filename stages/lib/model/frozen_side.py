@@ -1,4 +1,4 @@
-"""What frozen models say of answers: a base its log-probs, a reward model its scores, a judge its own."""
+"""What frozen models say of answers: a base its log-probs and hidden states, a reward model its scores."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stages.lib.model.answer_means import hidden_after, mean_of_completions, until_end
 from stages.lib.model.attention import hidden_states, use_packed_attention
-from stages.lib.model.judge import Judge, hidden_after, mean_of_completions, until_end
 from stages.lib.model.loading import DTYPES, autocast, cast_linear_layers, freeze, own_memory
 from stages.lib.model.logps import TokenLogps
 from stages.lib.model.memory import MemoryDial
@@ -24,14 +24,14 @@ class Opinions:
     entropies: (N,) of its distributions before their tokens, nats
     features:  (N, H) its hidden states before their tokens; (0,) where they were not asked for
     scores:    (B,) of the reward model
-    judged:    (B,) of the judge; None where none was asked
+    means:     (B, H) of a layer over each answer's own tokens; (0, H) where none was asked for
     """
 
     logps: Tensor
     entropies: Tensor
     features: Tensor
     scores: Tensor
-    judged: Tensor | None
+    means: Tensor
 
 
 class FrozenSide:
@@ -72,20 +72,20 @@ class FrozenSide:
         prompts: list[list[int]],
         responses: list[list[int]],
         read: list[bool] | None = None,
-        judge: Judge | None = None,
+        layer: int | None = None,
         with_features: bool = False,
         progress: str | None = None,
     ) -> Opinions:
-        """What is said of B answers; the reward model reads them `closed`, the judge up to their end.
+        """What is said of B answers; the reward model reads them `closed`, the means are of what comes before the EOS.
 
         Args:
             prompts, responses: B lists of token ids each.
             read: whose log-probs are wanted; None: everyone's.
-            judge: of the base's hidden states.
+            layer: of the base, whose means are wanted.
             progress: a label for a progress bar over tokens, or None for none.
         """
         wanted = [i for i in range(len(responses)) if read is None or read[i]]
-        how = {"judge": judge, "with_features": with_features, "progress": progress}
+        how = {"layer": layer, "with_features": with_features, "progress": progress}
         return self.dial.run(self._opinions, prompts, responses, wanted, **how)
 
     @torch.no_grad()
@@ -94,7 +94,7 @@ class FrozenSide:
         prompts: list[list[int]],
         responses: list[list[int]],
         wanted: list[int],
-        judge: Judge | None,
+        layer: int | None,
         with_features: bool,
         progress: str | None,
         micro_batch_tokens: int,
@@ -103,24 +103,24 @@ class FrozenSide:
         ends = [closed(response, self.tokenizer) for response in responses]
         # texts of three kinds, of which most are equal or begin alike: packed once
         kinds = [
-            [(i, until_end(responses[i], base.config.eos_token_id)) for i in range(count if judge else 0)],
+            [(i, until_end(responses[i], base.config.eos_token_id)) for i in range(count if layer else 0)],
             [(i, responses[i]) for i in wanted],
             [(i, ends[i]) for i in range(count if self.shares_backbone else 0)],
         ]
         kind_of = torch.tensor([kind for kind, texts in enumerate(kinds) for _ in texts])
         owner_of = torch.tensor([i for texts in kinds for i, _ in texts])
         asked, said = [prompts[i] for i in owner_of.tolist()], [text for texts in kinds for _, text in texts]
-        means, scores = torch.empty(count, base.config.hidden_size), torch.empty(count)
+        means, scores = torch.empty(len(kinds[0]), base.config.hidden_size), torch.empty(count)
         of_tokens: dict[int, tuple[Tensor, ...]] = {}  # of an answer: logps, entropies and, if asked for, features
         tokens = sum(map(len, asked)) + sum(map(len, said))
         bar = tqdm(total=tokens, desc=progress, unit="tok", unit_scale=True, disable=progress is None)
         with use_packed_attention(base), autocast(base.device, self.precision), bar:
             for rows, batch in packed_groups(asked, said, micro_batch_tokens, base.device, bar):
-                to_judge, to_read, to_score = (kind_of[rows] == kind for kind in range(3))
+                to_mean, to_read, to_score = (kind_of[rows] == kind for kind in range(3))
                 owners = owner_of[rows]
-                if judge:
-                    middle, last = hidden_after(base.get_decoder(), batch, [judge.layer], to_end=True)
-                    means[owners[to_judge]] = mean_of_completions(middle, batch).cpu()[to_judge]
+                if layer:
+                    middle, last = hidden_after(base.get_decoder(), batch, [layer], to_end=True)
+                    means[owners[to_mean]] = mean_of_completions(middle, batch).cpu()[to_mean]
                 else:
                     last = hidden_states(base.get_decoder(), batch)
                 own = to_read.to(base.device)[batch.label_sequence]
@@ -138,4 +138,4 @@ class FrozenSide:
             scores = torch.tensor(score_sequences(self.reward_model, whole, *how))
         columns = [torch.cat(parts) for parts in zip(*(of_tokens[i] for i in wanted), strict=True)]
         logps, entropies, features = [*columns, *[torch.empty(0)] * 3][:3]
-        return Opinions(logps, entropies, features, scores, judge.scores(means) if judge else None)
+        return Opinions(logps, entropies, features, scores, means)

@@ -4,7 +4,7 @@ Under a launcher each process answers and reads its share of the prompts; `gathe
 whole rollout in its one order, so that rewards and advantages are computed everywhere and differ nowhere.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from stages.lib.model.frozen_side import FrozenSide
 from stages.lib.model.generate import generate, in_precision
 from stages.lib.model.loading import freeze
 from stages.lib.model.logps import TokenLogps, read_answers
@@ -52,11 +51,6 @@ class Rollout:
         """Indices into the per-token tensors of the tokens of `answers`, one answer after another."""
         ends = self.lengths.cumsum(0).tolist()
         return torch.cat([torch.arange(ends[i] - len(self.responses[i]), ends[i]) for i in answers])
-
-    def judged(self, frozen: FrozenSide) -> tuple["Rollout", Tensor]:
-        """With reference log-probs and raw scores, and (N, H) the reference's hidden states before the tokens."""
-        said = frozen.opinions(self.prompts, self.responses, with_features=True)
-        return replace(self, ref_logps=said.logps, raw_scores=said.scores), said.features
 
     def gathered(self, accelerator: Accelerator) -> "Rollout":
         """The whole rollout, of every process's share; in one process itself."""
