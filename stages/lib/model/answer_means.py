@@ -76,7 +76,9 @@ class _DeepEnough(Exception):
     """Ends a forward pass at the deepest layer that is read."""
 
 
-def hidden_after(backbone: nn.Module, batch: PackedBatch, layers: list[int], to_end: bool = False) -> list[Tensor]:
+def hidden_after(
+    backbone: PreTrainedModel, batch: PackedBatch, layers: list[int], to_end: bool = False
+) -> list[Tensor]:
     """(T, H) hidden states of a packed batch after each of `layers`, under `use_packed_attention`.
 
     Args:
