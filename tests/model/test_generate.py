@@ -10,6 +10,7 @@ from stages.lib.model.generate import generate, in_precision, sample_token
 from stages.lib.model.loading import freeze
 from stages.lib.run.errors import UserError
 from tests.conftest import ShapesMade
+from tests.support.fake_gpu import OnGpu, on_gpu
 
 CPU = torch.device("cpu")
 PROMPTS = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65, 66], [1, 70, 71], [1, 80, 81, 82, 83]]
@@ -249,3 +250,78 @@ def test_logits_that_are_no_numbers_are_an_error_and_no_token(lively_model, toke
     lively_model.lm_head.register_forward_hook(spoil)
     with pytest.raises(UserError, match="logits are not numbers"):
         run(lively_model, tokenizer, **options)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """As on a card that is waited for: prompts are read whole, tokens looked at every eight."""
+    for decision in ("is_read_at_once", "shares_prefixes", "is_plain_llama"):
+        monkeypatch.setattr(generation, decision, lambda _: False)
+
+
+MIXED = {"temperature": [None, 0.7, 1.5, 0.7, None], "top_p": 0.9}
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.5}, MIXED], ids=["greedy", "sampled", "mixed"])
+def test_looking_every_few_tokens_changes_no_answer(lively_model, tokenizer, request, options):
+    """EOS likely, in every step somewhere; budgets on both sides of the looks."""
+    bias = torch.zeros(512)
+    bias[tokenizer.eos_token_id] = 4.0
+    lively_model.lm_head.register_forward_hook(lambda module, args, logits: logits + bias)
+    prompts = [[1, 40 + i, 3 * i] for i in range(40)]
+    new = [[1, 7, 8, 9, 16, 17, 40, 40][i % 8] for i in range(40)]
+    if options is MIXED:
+        options = options | {"temperature": options["temperature"] * 8}
+    at_once = run(lively_model, tokenizer, prompts, new=new, **options)
+    request.getfixturevalue("on_a_gpu")
+    assert run(lively_model, tokenizer, prompts, new=new, **options) == at_once
+    ended = [len(answer) for answer in at_once if answer[-1] == tokenizer.eos_token_id]
+    assert len(set(ended)) > 3 and max(ended) > 8 and len(ended) < 40
+
+
+def test_rows_leave_where_the_host_looks(lively_model, tokenizer, on_a_gpu):
+    rows = []
+    lively_model.get_input_embeddings().register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    answers = run(lively_model, tokenizer, [[1, 40 + i] for i in range(9)], new=[20, 1, 2, 3, 4, 5, 6, 9, 20])
+    assert [len(answer) for answer in answers] == [20, 1, 2, 3, 4, 5, 6, 9, 20]
+    assert rows == [9] * 8 + [4] * 12
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, MIXED], ids=["greedy", "sampled", "mixed"])
+def test_a_token_costs_a_gpu_no_wait(lively_model, tokenizer, monkeypatch, on_a_gpu, options):
+    """Of all tensors that are made on a device and what is computed from them."""
+    copied, plain = [], torch.tensor
+
+    def tensor(values, *args, device=None, **how):
+        copied.append(values)
+        return on_gpu(plain(values, *args, **how)) if device is not None else plain(values, *args, **how)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    no_end = torch.zeros(512)
+    no_end[tokenizer.eos_token_id] = -torch.inf
+    lively_model.lm_head.register_forward_hook(lambda module, args, logits: logits + no_end)
+    counts = {}
+    for new in (9, 24):
+        copied.clear()
+        OnGpu.waits.clear()
+        run(lively_model, tokenizer, PROMPTS, new=new, **options)
+        counts[new] = len(copied), dict(OnGpu.waits)
+    # looks after 8 and 9 tokens, and after 8, 16 and 24; what a batch begins with is alike
+    assert [waits.pop("tolist") for _, waits in counts.values()] == [2, 3]
+    assert counts[9] == counts[24]
+
+
+def test_logits_that_are_no_numbers_are_seen_at_the_next_look(lively_model, tokenizer, on_a_gpu):
+    steps = []
+
+    def spoil(module, args, logits):
+        steps.append(1)
+        if len(steps) == 3:
+            logits[-1, -1, 7] = torch.nan
+
+    lively_model.lm_head.register_forward_hook(spoil)
+    for options in ({}, {"temperature": 1.0}):
+        steps.clear()
+        with pytest.raises(UserError, match="logits are not numbers"):
+            run(lively_model, tokenizer, **options)
+        assert len(steps) == 8

@@ -3,6 +3,7 @@
 Each life of a stage is a forked process, so that a life costs no imports and dies as a killed process does.
 """
 
+import contextlib
 import hashlib
 import multiprocessing
 import multiprocessing.connection
@@ -617,14 +618,15 @@ def test_under_torchrun_a_sigterm_of_any_kind_leads_to_the_same_bytes(project, w
             while not (project / "begun").exists() and launcher.poll() is None:
                 time.sleep(0.02)
             time.sleep(delay)
-            children = psutil.Process(launcher.pid).children(recursive=True)
-            ranks = {child.environ().get("RANK"): child for child in children if "RANK" in child.environ()}
-            if way == "main process":
-                ranks["0"].terminate()
-            elif way == "launcher":
-                launcher.terminate()
-            else:
-                os.killpg(launcher.pid, signal.SIGTERM)
+            with contextlib.suppress(psutil.Error, ProcessLookupError):  # it may have ended by itself
+                if way == "main process":
+                    for child in psutil.Process(launcher.pid).children(recursive=True):
+                        if child.environ().get("RANK") == "0":
+                            child.terminate()
+                elif way == "launcher":
+                    launcher.terminate()
+                else:
+                    os.killpg(launcher.pid, signal.SIGTERM)
         return launcher.wait(120)
 
     assert run(None) == 0

@@ -14,14 +14,15 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from stages.lib.model.llama_step import LlamaStep, is_plain_llama
 from stages.lib.model.loading import DTYPES
-from stages.lib.model.memory import let_go
+from stages.lib.model.memory import with_what_fits
 from stages.lib.model.packing import shared_prefix_length, shares_prefixes
-from stages.lib.run.errors import UserError, is_out_of_memory
+from stages.lib.run.errors import UserError
 
 CACHE_BLOCK = 64  # positions by which the key-value cache grows
 SAMPLE_BLOCK = 256  # tokens whose probabilities are summed before one of them is looked for
 NOT_A_NUMBER = -1  # in place of a token
 ROW_BLOCK = 4  # rows by which a batch shrinks: MKL takes half as long again for 7 rows as for 8
+LOOK_EVERY = 8  # tokens after which the host looks at what a GPU has answered, and waits for it
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ def generate(
     """One answer to each prompt.
 
     Prompts of like length share a batch, padded so that all their last tokens predict in the same column; what
-    all of them begin with is read once (on CPUs). Rows that have ended leave their batch. Decoding reads every
-    weight once per token and is bound by memory, so the weights themselves are held in `precision` (a copy; the
-    model given stays as it is).
+    all of them begin with is read once (on CPUs). Rows that have ended leave their batch: at once on CPUs, every
+    LOOK_EVERY tokens on a GPU, which is not waited for in between. Decoding reads every weight once per token and is
+    bound by memory, so the weights themselves are held in `precision` (a copy; the model given stays as it is).
 
     Sampling draws one uniform number per prompt and position from `seed` and looks it up in the cumulative
     distribution, so the answer to a prompt does not depend on `batch_size`, beyond rounding. After memory ran out the
@@ -93,6 +94,7 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, no new tokens, or a temperature or top_p outside its range.
+        UserError: the logits of an answer, before its end, are not numbers.
     """
     budgets = [max_new_tokens] * len(prompt_ids) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     if len(budgets) != len(prompt_ids) or not all(prompt_ids) or min(budgets, default=1) < 1:
@@ -113,23 +115,24 @@ def generate(
     order = sorted(range(len(prompt_ids)), key=lambda i: (-budgets[i], -len(prompt_ids[i])))
     bar = tqdm(total=len(order), desc=progress, unit="answer", mininterval=2, disable=progress is None)
     done = 0
-    while done < len(order):
-        rows = order[done : done + batch_size]
-        try:
-            _decode(model, tokenizer, prompt_ids, rows, budgets, temperatures, top_p, uniforms, responses, bar)
-        except Exception as error:
-            if not (is_out_of_memory(error) and len(rows) > 1):
-                raise
-        else:
-            done += len(rows)
-            continue
-        # here, where the error and the tensors of its frames are gone
-        batch_size = len(rows) // 2
-        print(f"memory ran out: goes on with {batch_size} answers at a time")
-        for row in rows:
-            responses[row].clear()
+
+    def answer(size: int) -> list[list[int]]:
         bar.n = done
-        let_go(device)
+        of = order[done : done + size]
+        own = [prompt_ids[i] for i in of], [budgets[i] for i in of], [temperatures[i] for i in of]
+        return _decode(model, tokenizer, *own, top_p, uniforms[of], bar)
+
+    while done < len(order):
+        answers, batch_size = with_what_fits(
+            answer,
+            min(batch_size, len(order) - done),
+            1,
+            "memory ran out: goes on with {} answers at a time",
+            device,
+        )
+        for i, response in zip(order[done : done + batch_size], answers, strict=True):
+            responses[i] = response
+        done += batch_size
     bar.close()
     model.train(training)
     return responses
@@ -200,8 +203,9 @@ def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
 
 def _nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """(B, k) probabilities and their tokens, likeliest first, 0 outside the nucleus."""
-    k = min(256, probs.shape[-1])
-    while True:  # a full sort of the vocabulary costs more than the model; the nucleus is mostly small
+    # on a CPU a full sort of the vocabulary costs more than the model, and the nucleus is mostly small
+    k = min(256, probs.shape[-1]) if is_read_at_once(probs.device) else probs.shape[-1]
+    while True:
         top, tokens = probs.topk(k)
         if k == probs.shape[-1] or bool((top.sum(-1) >= top_p).all()):
             break
@@ -210,13 +214,23 @@ def _nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     return top.masked_fill(before >= top_p, 0.0), tokens
 
 
-def _next_tokens(logits: Tensor, uniform: Tensor, temperatures: list[float | None], top_p: float) -> Tensor:
-    """(B,) tokens: the likeliest where the temperature is None, else sampled."""
-    sampled = [row for row, temperature in enumerate(temperatures) if temperature is not None]
-    if not sampled:
+def is_read_at_once(device: torch.device) -> bool:
+    """Whether the host reads what is on the device without waiting for it."""
+    return device.type == "cpu"
+
+
+def _sampled_rows(temperatures: list[float | None], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows that have a temperature, (S,), and theirs, (S, 1), on the device."""
+    rows = [row for row, temperature in enumerate(temperatures) if temperature is not None]
+    heat = torch.tensor([temperatures[row] for row in rows], device=device)[:, None]
+    return torch.tensor(rows, dtype=torch.long, device=device), heat
+
+
+def _next_tokens(logits: Tensor, uniform: Tensor, sampled: Tensor, heat: Tensor, top_p: float) -> Tensor:
+    """(B,) tokens: sampled in the rows `sampled` at the temperatures `heat`, in the others the likeliest."""
+    if not len(sampled):
         return _likeliest(logits)
-    heat = torch.tensor([temperatures[row] for row in sampled], device=logits.device)[:, None]
-    if len(sampled) == len(temperatures):
+    if len(sampled) == len(logits):
         return sample_token(logits, uniform, heat, top_p)
     tokens = _likeliest(logits)
     tokens[sampled] = sample_token(logits[sampled], uniform[sampled], heat, top_p)
@@ -237,6 +251,8 @@ class RoomyLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
             self.rooms = self.keys, self.values
+            # transformers 5.24 then makes the mask of one more token without looking for pads, which would wait
+            self.is_compileable = not is_read_at_once(key_states.device)
         length = self.keys.shape[2]
         total = length + key_states.shape[2]
         if self.rooms[0].shape[2] < total or self.rooms[0].shape[0] != self.keys.shape[0]:
@@ -251,18 +267,15 @@ class RoomyLayer(DynamicLayer):
 def _decode(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: list[list[int]],
-    rows: list[int],
+    prompts: list[list[int]],
     budgets: list[int],
     temperatures: list[float | None],
     top_p: float,
     uniforms: Tensor,
-    responses: list[list[int]],
     bar: tqdm,
-) -> None:
-    """Answers the prompts `rows` in one batch, into `responses`."""
+) -> list[list[int]]:
+    """The answers to `prompts` in one batch; uniforms (B, longest budget)."""
     device = model.device
-    prompts = [prompt_ids[i] for i in rows]
     common = shared_prefix_length(prompts) if shares_prefixes(device) else 0
     cache = Cache(layer_class_to_replicate=RoomyLayer)
     # by index, which copies: of a frozen model's slice of hidden states, torch would make the logits with one copy
@@ -271,7 +284,7 @@ def _decode(
     if common:
         prefix = torch.tensor([prompts[0][:common]], device=device)
         model(input_ids=prefix, cache=cache, use_cache=True, logits_to_keep=last)
-        cache.batch_repeat_interleave(len(rows))
+        cache.batch_repeat_interleave(len(prompts))
     width = max(map(len, prompts))
     pads = [width - len(prompt) for prompt in prompts]
     ids = [[tokenizer.pad_token_id] * pad + prompt[common:] for prompt, pad in zip(prompts, pads, strict=True)]
@@ -279,9 +292,16 @@ def _decode(
     mask = [[1] * common + [0] * pad + [1] * (width - common - pad) for pad in pads]
     mask = torch.tensor(mask, device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, common:]
-    going = list(range(len(rows)))  # places of the rows that have not ended
+    uniforms = uniforms.to(device)
+    sampled, heat = _sampled_rows(temperatures, device)
+    responses: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))  # of the batch: which prompt each of them answers
+    going = rows  # places, in the batch, of the rows that have not ended
+    steps = 1 if is_read_at_once(device) else LOOK_EVERY
+    unseen: list[Tensor] = []  # tokens (B,) of the steps since the last look
     lean: LlamaStep | None = None
-    for step in range(max(budgets[i] for i in rows)):
+    longest = max(budgets)
+    for step in range(longest):
         if lean:
             logits = lean(inputs[:, 0], positions)
         else:
@@ -294,22 +314,20 @@ def _decode(
                 logits_to_keep=last,
             ).logits[:, -1]
         logits[:, tokenizer.pad_token_id] = -torch.inf
-        tokens = _next_tokens(logits, uniforms[rows, step], [temperatures[i] for i in rows], top_p)
-        answered = tokens.tolist()
-        if NOT_A_NUMBER in answered:
-            raise UserError("the model's logits are not numbers (NaN); train it anew, or try base.precision=fp32")
-        for place in going:
-            responses[rows[place]].append(answered[place])
-        before = len(going)
-        going = [
-            place
-            for place in going
-            if responses[rows[place]][-1] != tokenizer.eos_token_id
-            and len(responses[rows[place]]) < budgets[rows[place]]
-        ]
-        bar.update(before - len(going))
-        if not going:
-            return
+        tokens = _next_tokens(logits, uniforms[:, step], sampled, heat, top_p)
+        unseen.append(tokens)
+        if len(unseen) == steps or step + 1 == longest:
+            answered = torch.stack(unseen, dim=1).tolist()
+            unseen.clear()
+            before = len(going)
+            going = [
+                place
+                for place in going
+                if _goes_on(responses[rows[place]], answered[place], budgets[rows[place]], tokenizer.eos_token_id)
+            ]
+            bar.update(before - len(going))
+            if not going:
+                break
         if step == 0 and is_plain_llama(model):
             lean = LlamaStep(model, cache, mask, CACHE_BLOCK)
         room = math.ceil(len(going) / ROW_BLOCK) * ROW_BLOCK
@@ -318,9 +336,26 @@ def _decode(
             kept = sorted(going + ended[: room - len(going)])
             going = [kept.index(place) for place in going]
             rows = [rows[place] for place in kept]
+            sampled, heat = _sampled_rows([temperatures[row] for row in rows], device)
             kept = torch.tensor(kept, device=device)
             (lean.keep if lean else cache.batch_select_indices)(kept)
-            tokens, mask, positions = tokens[kept], mask[kept], positions[kept]
-        inputs = tokens[:, None]
+            tokens, mask, positions, uniforms = tokens[kept], mask[kept], positions[kept], uniforms[kept]
+        inputs = tokens.clamp(min=0)[:, None]  # not a number: no embedding has it
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = positions[:, -1:] + 1
+    return responses
+
+
+def _goes_on(response: list[int], tokens: list[int], budget: int, eos: int) -> bool:
+    """Appends to the response what belongs to it of the tokens that were looked at; whether it has not ended.
+
+    Raises:
+        UserError: NOT_A_NUMBER is among it.
+    """
+    tokens = tokens[: budget - len(response)]
+    if eos in tokens:
+        tokens = tokens[: tokens.index(eos) + 1]
+    if NOT_A_NUMBER in tokens:
+        raise UserError("the model's logits are not numbers (NaN); train it anew, or try base.precision=fp32")
+    response += tokens
+    return response[-1] != eos and len(response) < budget

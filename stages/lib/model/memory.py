@@ -45,19 +45,45 @@ class MemoryDial:
         Raises:
             Exception: whatever `work` raises, if it is not that, or if fewer tokens would not help any more.
         """
-        while True:
-            try:
-                return work(*args, micro_batch_tokens=self.tokens, **how)
-            except Exception as error:
-                alone = os.environ.get("WORLD_SIZE", "1") == "1"
-                if not (alone and is_out_of_memory(error) and self.tokens > FEWEST):
-                    raise
-            # here, where the error and the tensors of its frames are gone
-            self.tokens = max(FEWEST, self.tokens // 2)
-            print(f"{self.stage}: memory ran out: goes on with micro-batches of {self.tokens} tokens")
-            if undo:
-                undo()
-            let_go(self.device)
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        result, self.tokens = with_what_fits(
+            lambda tokens: work(*args, micro_batch_tokens=tokens, **how),
+            self.tokens,
+            FEWEST if alone else self.tokens,
+            f"{self.stage}: memory ran out: goes on with micro-batches of {{}} tokens",
+            self.device,
+            undo,
+        )
+        return result
+
+
+def with_what_fits(
+    work: Callable[[int], T],
+    size: int,
+    fewest: int,
+    message: str,
+    device: torch.device | None,
+    undo: Callable[[], None] | None = None,
+) -> tuple[T, int]:
+    """`work(size)`, and the size that fitted: after memory ran out again, with half of it.
+
+    Args:
+        fewest: with so much the error stays.
+        message: printed, with the new size in place of {}.
+        undo: takes back what `work` has left undone.
+    """
+    while True:
+        try:
+            return work(size), size
+        except Exception as error:
+            if not (is_out_of_memory(error) and size > fewest):
+                raise
+        # here, where the error and the tensors of its frames are gone
+        size = max(fewest, size // 2)
+        print(message.format(size))
+        if undo:
+            undo()
+        let_go(device)
 
 
 def let_go(device: torch.device | None) -> None:
