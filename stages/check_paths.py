@@ -1,9 +1,10 @@
 """Are the files that params.yaml names there? DVC alone says '[Errno 2] No such file or directory', and of what.
 
 Reads   params.yaml
-Writes  nothing; exits with 1 if a path is not there, warns of data that dvc exp run would take into Git
+Writes  reports/check_paths/checked.txt     always the same: a dep that puts this stage before those that read the paths
+        Exits with 1 if a path is not there, warns of data that dvc exp run would take into Git.
 
-Run     python -m stages.check_paths      (make repro does, before DVC)
+Run     python -m stages.check_paths        (dvc repro does after a path has changed, make repro each time)
 """
 
 import subprocess
@@ -39,6 +40,9 @@ def main(root: Path = Path(".")) -> None:
                 f"warning: {path} is known neither to Git nor to DVC: dvc exp run would take it into Git. "
                 f"Run `dvc add {path}`, or keep it in a git-ignored folder"
             )
+    checked = root / "reports/check_paths/checked.txt"
+    checked.parent.mkdir(parents=True, exist_ok=True)
+    checked.write_text("The files that params.yaml names are there.\n", encoding="utf-8")
 
 
 def is_untracked(path: str, root: Path) -> bool:

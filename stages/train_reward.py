@@ -1,7 +1,8 @@
-"""Train the reward model: a linear head on the frozen base, with TRL's RewardTrainer (Bradley-Terry loss).
+"""Train the reward model: a linear head on the base, with TRL's RewardTrainer (Bradley-Terry loss).
 
 Reads   models/base, data/tokenized/reward_{train,heldout}.parquet
-Writes  models/reward                             AutoModelForSequenceClassification and tokenizer
+Writes  models/reward                             AutoModelForSequenceClassification and tokenizer; with
+                                                  `backbone: lora` also adapter/, merged into it
         reports/train_reward/history.csv          training and held-out figures, one row per logged step
         reports/train_reward/heldout_scores.csv   both scores of every held-out pair
         reports/train_reward/metrics.json         held-out accuracy and score gap
@@ -9,26 +10,44 @@ Writes  models/reward                             AutoModelForSequenceClassifica
 
 Run     dvc repro train_reward                    (untracked: python -m stages.train_reward)
 
-The backbone never changes, so what the head reads is computed once per text and not once per epoch: the
-trainer sees those features, and fits the very head that an ordinary run over tokens would (a test compares).
+A frozen backbone never changes, so what the head reads is computed once per text and not once per epoch: the
+trainer sees those features, and fits the very head that an ordinary run over tokens would (a test compares). A
+backbone that is trained, whole or by adapters, has the ordinary run.
 """
 
 import math
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 
+from stages.lib.model.adapters import FULL, Lora, add_adapters, save_adapted
 from stages.lib.model.loading import freeze, load_tokenizer, pick_device, pick_precision, save_model, set_seed
 from stages.lib.model.memory import memory_dial
-from stages.lib.model.reward import new_reward_model, pooled_features
+from stages.lib.model.reward import (
+    load_reward_model,
+    new_reward_model,
+    pooled_features,
+    score_sequences,
+    with_fp32_head,
+)
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.checkpoints import Checkpoints
 from stages.lib.run.params import Base, MicroBatchTokens, Section
@@ -44,12 +63,33 @@ CORRUPTED = "corrupted "  # before a split's name: the corrupted copies of its c
 
 
 class Params(Section):
+    backbone: Literal["frozen", "lora", "full"]  # what is trained below the head: nothing, adapters, all
     learning_rate: float = Field(gt=0)  # of the linear head, decaying linearly to 0
+    backbone_learning_rate: float = Field(gt=0)  # of what is trained below it, alike
+    center_rewards_coefficient: float | None = Field(gt=0)  # weight of (chosen + rejected score)^2
     epochs: int = Field(gt=0)
     batch_size: int = Field(gt=0)  # pairs per optimizer step
     logging_steps: int = Field(gt=0)  # optimizer steps between rows of the history
     hard_negatives: bool  # corrupted copies of chosen answers as further rejected ones
     micro_batch_tokens: MicroBatchTokens  # memory dial: tokens per forward pass of the backbone
+    lora: Lora = FULL  # the adapters of `backbone: lora`
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.backbone == "lora" and self.lora.rank is None:
+            raise ValueError("backbone is lora, and lora.rank is null; set it, 8 to 64")
+        return self
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What training gave."""
+
+    history: list[dict[str, float]]
+    steps: int  # of the optimizer
+    scores: dict[
+        tuple[str, str], Tensor
+    ]  # of the held-out pairs and their corrupted copies: by table and side, (N,)
 
 
 class OneDevice(RewardConfig):
@@ -136,41 +176,144 @@ def train_head(
     Raises:
         AssertionError: it made another number of steps than `epochs` over the pairs in `batch_size` take.
     """
-    num_steps = params.epochs * math.ceil(len(train) / params.batch_size)
-    logging_steps = min(params.logging_steps, num_steps)  # a short run has one row, not none
     with tempfile.TemporaryDirectory() as scratch:  # the trainer saves nothing; we do, without its pickle
+        settings = trainer_settings(params, seed, len(train), model.device) | dict(
+            output_dir=scratch,
+            per_device_train_batch_size=params.batch_size,
+            per_device_eval_batch_size=len(heldout),  # one batch, so that its mean is over pairs
+            bf16=False,  # the head is one small product: fp32. The backbone ran in base.precision
+        )
         trainer = RewardTrainer(
             model=HeadOnFeatures(model.score, tokenizer),
-            args=OneDevice(
-                output_dir=scratch,
-                learning_rate=params.learning_rate,
-                num_train_epochs=params.epochs,
-                per_device_train_batch_size=params.batch_size,
-                per_device_eval_batch_size=len(heldout),  # one batch, so that its mean is over pairs
-                logging_steps=logging_steps,
-                eval_strategy="steps",
-                eval_steps=logging_steps,
-                seed=seed,
-                max_length=None,  # tokenize_pairs cuts; RewardTrainer would drop long pairs without a word
-                disable_dropout=True,
-                bf16=False,  # the head is one small product: fp32. The backbone ran in base.precision
-                activation_checkpointing=False,
-                disable_tqdm=True,  # seconds of work
-                remove_unused_columns=False,
-                save_strategy="no",
-                report_to="none",
-                use_cpu=model.device.type == "cpu",
-            ),
+            args=OneDevice(**settings),
             data_collator=collate_features,
             train_dataset=train,
             eval_dataset=heldout,
             processing_class=tokenizer,
         )
-        assert len(trainer.train_dataset) == len(train) and len(trainer.eval_dataset) == len(heldout)
-        trainer.remove_callback(PrinterCallback)  # history.csv has it
-        trainer.train()
+        return run_trainer(trainer, params, len(train), len(heldout))
+
+
+def train_backbone(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    heldout: Dataset,
+    params: Params,
+    seed: int,
+    precision: str,
+    micro_batch_tokens: int,
+    checkpoints: Checkpoints,
+) -> tuple[list[dict[str, float]], int]:
+    """Trains head and backbone in place, over tokens: all parameters that ask for a gradient.
+
+    An optimizer step reads its pairs in equal parts of as many as fit; where an epoch's last step has fewer pairs than
+    the others, those of its last part weigh more.
+
+    Returns, raises:
+        As `train_head`; Stopped where a signal asked for the end.
+    """
+    device = next(model.parameters()).device
+    longest = max(len(ids) for side in SIDES for ids in train[f"{side}_ids"])
+    fitting = max(1, micro_batch_tokens // (2 * longest))
+    part = max(
+        size for size in range(1, params.batch_size + 1) if params.batch_size % size == 0 and size <= fitting
+    )
+    folder = checkpoints.path.parent / "trainer"
+    settings = trainer_settings(params, seed, len(train), device) | dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=part,
+        gradient_accumulation_steps=params.batch_size // part,
+        per_device_eval_batch_size=1,  # so that its mean is over pairs
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        disable_dropout=False,  # the model has none, but what adapters may have
+        save_total_limit=1,
+    )
+    head = {name for name, weight in model.named_parameters() if weight.requires_grad and "score" in name}
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    groups = [
+        {"params": [weights[name] for name in sorted(head)], "lr": params.learning_rate},
+        {"params": [weights[name] for name in weights if name not in head], "lr": params.backbone_learning_rate},
+    ]
+    keeper = KeepAtRows(checkpoints)
+    trainer = RewardTrainer(
+        model=model,  # pyright: ignore[reportArgumentType]: PEFT's view of a model is one
+        args=OneDevice(**settings),
+        train_dataset=train,
+        eval_dataset=heldout,
+        processing_class=tokenizer,
+        callbacks=[keeper],
+        optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
+    )
+    trainer.create_model_card = lambda *args, **how: None  # TRL writes one into every checkpoint
+    return run_trainer(trainer, params, len(train), len(heldout), keeper, folder)
+
+
+class KeepAtRows(TrainerCallback):
+    """The trainer's own checkpoints, when one is due: at rows of the history, where no figure is half a mean.
+
+    Asked to end, it ends after the step; what came after the last row is done again.
+    """
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+
+    def on_step_end(self, args: RewardConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        asked = self.checkpoints.asked_to_end and state.global_step < state.max_steps
+        control.should_save = control.should_log and (asked or self.checkpoints.due())
+        control.should_training_stop |= asked
+
+    def on_save(self, args: RewardConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.checkpoints.saved()
+
+
+def trainer_settings(params: Params, seed: int, num_pairs: int, device: torch.device) -> dict[str, Any]:
+    """What both runs of TRL's trainer share."""
+    num_steps = params.epochs * math.ceil(num_pairs / params.batch_size)
+    logging_steps = min(params.logging_steps, num_steps)  # a short run has one row, not none
+    return dict(
+        learning_rate=params.learning_rate,
+        center_rewards_coefficient=params.center_rewards_coefficient,
+        num_train_epochs=params.epochs,
+        logging_steps=logging_steps,
+        eval_strategy="steps",
+        eval_steps=logging_steps,
+        seed=seed,
+        max_length=None,  # tokenize_pairs cuts; RewardTrainer would drop long pairs without a word
+        disable_dropout=True,
+        activation_checkpointing=False,
+        disable_tqdm=True,  # seconds of work
+        remove_unused_columns=False,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=device.type == "cpu",
+    )
+
+
+def run_trainer(
+    trainer: RewardTrainer,
+    params: Params,
+    num_train: int,
+    num_heldout: int,
+    keeper: KeepAtRows | None = None,
+    folder: Path | None = None,
+) -> tuple[list[dict[str, float]], int]:
+    """Trains, from the last whole checkpoint in `folder` on; history and number of steps."""
+    assert len(trainer.train_dataset) == num_train and len(trainer.eval_dataset) == num_heldout
+    trainer.remove_callback(PrinterCallback)  # history.csv has it
+    trainer.train(resume_from_checkpoint=str(last_whole(folder)) if folder and last_whole(folder) else None)
+    num_steps = params.epochs * math.ceil(num_train / params.batch_size)
+    if keeper and folder and trainer.state.global_step < num_steps and keeper.checkpoints.asked_to_end:
+        keeper.checkpoints.stop(saved=last_whole(folder) is not None)
     assert trainer.state.global_step == num_steps, f"{trainer.state.global_step} steps instead of {num_steps}"
     return history_of(trainer.state.log_history), trainer.state.global_step
+
+
+def last_whole(folder: Path) -> Path | None:
+    """The newest of the trainer's checkpoints that it finished: trainer_state.json is what it writes last."""
+    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
 
 
 def history_of(log: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -198,6 +341,79 @@ def heldout_figures(chosen_scores: Tensor, rejected_scores: Tensor) -> dict[str,
     }
 
 
+def fit_on_features(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: dict[str, dict[str, list]],
+    params: Params,
+    seed: int,
+    precision: str,
+    checkpoints: Checkpoints,
+) -> Fit:
+    """Fits the head of a frozen backbone, and scores the held-out pairs."""
+    freeze(model)
+    model.score.requires_grad_(True)
+    datasets = features_of(model, columns, params, precision, checkpoints)
+    fitted = datasets["train"]
+    if params.hard_negatives:
+        columns_of_both = ["chosen_ids", "rejected_ids", "chosen_features", "rejected_features"]
+        parts = [fitted] * PAIR_REPEATS + [datasets[CORRUPTED + "train"]]
+        fitted = concatenate_datasets([part.select_columns(columns_of_both) for part in parts])
+    history, steps = train_head(model, tokenizer, fitted, datasets["heldout"], params, seed)
+    weight = model.score.weight.detach().cpu().squeeze(0)
+    scores = {
+        (split, side): datasets[split][f"{side}_features"][:] @ weight
+        for split in ("heldout", CORRUPTED + "heldout")
+        for side in SIDES
+    }
+    return Fit(history, steps, scores)
+
+
+def fit_whole(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: dict[str, dict[str, list]],
+    params: Params,
+    seed: int,
+    precision: str,
+    checkpoints: Checkpoints,
+    root: Path,
+) -> Fit:
+    """Trains head and backbone, writes models/reward, and scores the held-out pairs with what is written there."""
+    tables = [columns["train"]]
+    if params.hard_negatives:
+        tables = [columns["train"]] * PAIR_REPEATS + [columns[CORRUPTED + "train"]]
+    names = [f"{side}_ids" for side in SIDES]
+    fitted = Dataset.from_dict({name: [ids for table in tables for ids in table[name]] for name in names})
+    heldout = Dataset.from_dict({name: columns["heldout"][name] for name in names})
+    device, folder = model.device, root / "models/reward"
+
+    with_fp32_head(model)
+    trained = add_adapters(model, params.lora, precision, task="SEQ_CLS") if params.backbone == "lora" else model
+    dial = memory_dial(params.micro_batch_tokens, 4096, model, "train_reward", training=True)
+    history, steps = train_backbone(
+        trained, tokenizer, fitted, heldout, params, seed, precision, dial.tokens, checkpoints
+    )
+    if params.backbone == "lora":
+
+        def fresh(base: Path) -> PreTrainedModel:
+            return new_reward_model(base, tokenizer.pad_token_id)
+
+        save_adapted(trained, model.state_dict(), root, "models/base", tokenizer, folder, load=fresh)
+    else:
+        save_model(model, tokenizer, folder)
+    written = load_reward_model(folder, device)
+    dial = memory_dial(params.micro_batch_tokens, 4096, written, "train_reward")
+    scores = {
+        (split, side): torch.tensor(
+            dial.run(score_sequences, written, columns[split][f"{side}_ids"], precision=precision)
+        )
+        for split in ("heldout", CORRUPTED + "heldout")
+        for side in SIDES
+    }
+    return Fit(history, steps, scores)
+
+
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     device = pick_device()
     precision = pick_precision(base.precision, device)
@@ -208,36 +424,25 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         columns[CORRUPTED + split] = read_parquet(root / f"data/tokenized/reward_negatives_{split}.parquet")
     tokenizer = load_tokenizer(root / "models/base")
 
-    # 1. The base with a fresh head; all but the head frozen
+    # 1. The base with a fresh head
     set_seed(base.seed)
-    model = freeze(new_reward_model(root / "models/base", tokenizer.pad_token_id)).to(device)
-    model.score.requires_grad_(True)
+    model = new_reward_model(root / "models/base", tokenizer.pad_token_id).to(device)
 
     with Checkpoints("train_reward", root, base, params) as checkpoints:
-        # 2. What the head will read, once
-        datasets = features_of(model, columns, params, precision, checkpoints)
-        train, heldout = datasets["train"], datasets["heldout"]
+        # 2. The pairs, or they and every corrupted copy of their chosen answers, are learnt
+        work = model, tokenizer, columns, params, base.seed, precision, checkpoints
+        fit = fit_on_features(*work) if params.backbone == "frozen" else fit_whole(*work, root)
 
-        # 3. The head, on the pairs, or on them and every corrupted copy of their chosen answers
-        fitted = train
-        if params.hard_negatives:
-            columns_of_both = ["chosen_ids", "rejected_ids", "chosen_features", "rejected_features"]
-            parts = [train] * PAIR_REPEATS + [datasets[CORRUPTED + "train"]]
-            fitted = concatenate_datasets([part.select_columns(columns_of_both) for part in parts])
-        history, steps = train_head(model, tokenizer, fitted, heldout, params, base.seed)
-
-        # 4. Held-out scores and reports
-        weight = model.score.weight.detach().cpu().squeeze(0)
-        chosen_scores = heldout["chosen_features"][:] @ weight
-        rejected_scores = heldout["rejected_features"][:] @ weight
-        corrupted = datasets[CORRUPTED + "heldout"]
-        resisted = corrupted["chosen_features"][:] @ weight > corrupted["rejected_features"][:] @ weight
+        # 3. Held-out scores and reports
+        chosen_scores, rejected_scores = (fit.scores["heldout", side] for side in SIDES)
+        better, worse = (fit.scores[CORRUPTED + "heldout", side] for side in SIDES)
+        resisted = better > worse
         kinds = columns[CORRUPTED + "heldout"]["kind"]
         metrics = {
-            "train_pairs": len(train),
-            "hard_negatives": len(datasets[CORRUPTED + "train"]) if params.hard_negatives else 0,
-            "heldout_pairs": len(heldout),
-            "steps": steps,
+            "train_pairs": len(columns["train"]["row"]),
+            "hard_negatives": len(columns[CORRUPTED + "train"]["row"]) if params.hard_negatives else 0,
+            "heldout_pairs": len(columns["heldout"]["row"]),
+            "steps": fit.steps,
             "by_kind": {
                 kind: resisted[[each == kind for each in kinds]].float().mean().item()
                 for kind in dict.fromkeys(kinds)
@@ -253,15 +458,16 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         )
         names = ("row", "prompt_id", "chosen_score", "rejected_score")
         reports = root / "reports/train_reward"
-        save_model(model, tokenizer, root / "models/reward")
-        write_history(reports / "history.csv", round_floats(history, 8))
+        if params.backbone == "frozen":
+            save_model(model, tokenizer, root / "models/reward")
+        write_history(reports / "history.csv", round_floats(fit.history, 8))
         write_history(
             reports / "heldout_scores.csv", round_floats([dict(zip(names, row, strict=True)) for row in scores], 8)
         )
         write_json(reports / "metrics.json", round_floats(metrics))
         print(
             f"wrote models/reward and {reports}: held-out accuracy {metrics['heldout']['accuracy']:.3f}, "
-            f"score gap {metrics['heldout']['margin']:.2f} over {len(heldout)} pairs"
+            f"score gap {metrics['heldout']['margin']:.2f} over {metrics['heldout_pairs']} pairs"
         )
         for kind, accuracy in metrics["by_kind"].items():
             if accuracy < 0.5:

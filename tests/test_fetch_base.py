@@ -1,18 +1,24 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
 from stages.fetch_base import Params, from_description, main, read_description
 from stages.lib.model.loading import load_causal_lm, load_tokenizer
 from stages.lib.model.wheels import take_from_wheel
-from stages.lib.run.artefacts import read_json, sha256_of_file
+from stages.lib.run.artefacts import read_json, sha256_of_file, write_json
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, load_params
 from tests.conftest import REPO
+from tests.support.hub_server import HubServer
 
+IDS = torch.arange(20)[None]
 BASE = Base(seed=42, precision="fp32")
 PARAMS = Params(hub_id=None, revision="main", path="source", pad_token="<|endoftext|>")
 
@@ -62,6 +68,90 @@ def test_same_folder_same_bytes_and_the_revision_follows_the_content(root):
     main(BASE, PARAMS, root)
     assert read_json(root / "reports/fetch_base/metrics.json")["revision"] != revision
     assert revision.startswith("sha256:")
+
+
+# adapters
+
+
+@pytest.fixture
+def adapter(root, tokenizer):
+    """A root with an adapter of rank 4 in `adapter` on the model in `source`, and the logits of the two."""
+    torch.manual_seed(1)
+    adapted = get_peft_model(
+        load_causal_lm(root / "source"),
+        LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False),
+    )
+    adapted.save_pretrained(root / "adapter")
+    settings = read_json(root / "adapter/adapter_config.json")
+    write_json(root / "adapter/adapter_config.json", settings | {"base_model_name_or_path": "source"})
+    return adapted.eval()(IDS).logits
+
+
+def set_base(root, **values):
+    path = root / "adapter/adapter_config.json"
+    write_json(path, read_json(path) | values)
+
+
+def test_an_adapter_in_a_folder_is_merged_into_the_folder_it_names(root, adapter):
+    main(BASE, PARAMS.replace(path="adapter"), root)
+    torch.testing.assert_close(load_causal_lm(root / "models/base")(IDS).logits, adapter, rtol=0, atol=1e-5)
+    assert load_tokenizer(root / "models/base").pad_token_id == 0
+    metrics = read_json(root / "reports/fetch_base/metrics.json")
+    assert metrics["adapter_of"] == "source" and metrics["hub_id"] is None
+    config = read_json(root / "source/config.json")
+    write_json(root / "source/config.json", config | {"note": "another base"})
+    main(BASE, PARAMS.replace(path="adapter"), root)
+    assert read_json(root / "reports/fetch_base/metrics.json")["revision"] != metrics["revision"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda root: set_base(root, base_model_name_or_path="lab/tiny"),
+         "is an adapter of lab/tiny, which is no folder here; .*fetch_base.hub_id"),
+        (lambda root: set_base(root, base_model_name_or_path=None), "does not name its base_model_name_or_path"),
+        (lambda root: set_base(root, task_type="SEQ_CLS"), r"of another kind of model \(SEQ_CLS\)"),
+        (lambda root: set_base(root, r=8), "cannot be merged into .*source"),
+        (lambda root: set_base(root, target_modules=["q_proj"]), "holds other weights than its settings say"),
+        (lambda root: (root / "adapter/adapter_model.safetensors").unlink(), "without adapter_model.safetensors"),
+        (lambda root: (root / "adapter/adapter_config.json").write_text("["), "is no JSON object"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_cannot_be_merged_is_refused_by_name(root, adapter, damage, words):
+    damage(root)
+    with pytest.raises(UserError, match=f"adapter: .*{words}"):
+        main(BASE, PARAMS.replace(path="adapter"), root)
+    assert not (root / "models/base").exists()
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from tests.test_fetch_base import BASE, PARAMS, main
+main(BASE, PARAMS.replace(hub_id="lab/adapter"), Path(sys.argv[1]))
+"""
+
+
+def test_an_adapter_on_the_hub_is_merged_into_its_base_there(root, adapter, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    (root / "adapter/pytorch_model.bin").write_bytes(b"a pickle")
+    with HubServer(folder) as hub:
+        commits = {name: hub.hold(f"lab/{name}", root / name) for name in ("source", "adapter")}
+        set_base(root, base_model_name_or_path="lab/source", revision=commits["source"])
+        commits["adapter"] = hub.hold("lab/adapter", root / "adapter")
+        command = [sys.executable, "-c", FETCH, str(root)]
+        environment = os.environ | hub.env(home=folder / "home") | {"PYTHONPATH": str(REPO)}
+        done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert not hub.sent("GET", "pytorch_model.bin")
+        hub.repositories.pop("lab/source")
+        shutil.rmtree(folder / "home")
+        done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120)
+    assert "lab/adapter: is an adapter, and its base is not at hand: lab/source at revision" in done.stderr
+    torch.testing.assert_close(load_causal_lm(root / "models/base")(IDS).logits, adapter, rtol=0, atol=1e-5)
+    metrics = read_json(root / "reports/fetch_base/metrics.json")
+    assert (metrics["hub_id"], metrics["revision"]) == ("lab/adapter", commits["adapter"])
+    assert metrics["adapter_of"] == f"lab/source at {commits['source']}"
 
 
 def test_a_refused_model_leaves_the_earlier_one(root):

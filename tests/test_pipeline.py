@@ -62,7 +62,7 @@ def project_files_imported_by(path: Path) -> set[str]:
 
 
 def test_stages_stand_in_reading_order():
-    assert STAGES == IN_ORDER
+    assert STAGES == ["check_paths", *IN_ORDER]  # which computes nothing: neither section nor run.json
 
 
 @pytest.mark.parametrize("stage", IN_ORDER)
@@ -161,7 +161,8 @@ def stages_rerun_after(smoke_project):
         changed_file = change(smoke_project)
         repo = Repo(str(smoke_project))
         try:
-            return downstream_of(repo, {address.rpartition(":")[2] for address in repo.status()})
+            changed = {address.rpartition(":")[2] for address in repo.status()}
+            return downstream_of(repo, changed - {"check_paths"})  # whose out is always the same
         finally:
             repo.close()
             subprocess.run(["git", "checkout", "-q", "HEAD", "--", changed_file], cwd=smoke_project, check=True)
@@ -288,6 +289,29 @@ def test_a_failed_stage_exits_non_zero_names_the_key_and_leaves_the_model(smoke_
     assert (smoke_project / "dvc.lock").read_text() == lock
     dvc(smoke_project, "repro")  # from the cache: the model is there as before
     assert (smoke_project / "models/dpo/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("target", [[], ["inspect_pairs"]])
+def test_a_mistyped_path_is_named_by_its_key_under_plain_dvc(smoke_project, target):
+    before, lock = ((smoke_project / name).read_text() for name in ("params.yaml", "dvc.lock"))
+    try:
+        set_param(smoke_project, "fetch_pairs.path", "data/pairs_embeded.jsonl")
+        result = dvc(smoke_project, "repro", *target, check=False)
+    finally:
+        (smoke_project / "params.yaml").write_text(before)
+    assert result.returncode != 0 and "Errno" not in result.stdout + result.stderr
+    assert "fetch_pairs.path is data/pairs_embeded.jsonl: no such file (did you mean" in result.stderr
+    assert (smoke_project / "dvc.lock").read_text() == lock
+
+
+def test_another_path_alone_does_not_fetch_the_base_again(smoke_project):
+    before = (smoke_project / "params.yaml").read_text()
+    try:
+        set_param(smoke_project, "fetch_pairs.unseen_path", "data/prompts_embedded.jsonl")
+        output = dvc(smoke_project, "repro", "--dry", "fetch_base").stdout
+    finally:
+        (smoke_project / "params.yaml").write_text(before)
+    assert re.findall(r"Running stage '(\w+)'", output) == ["check_paths"]
 
 
 @pytest.mark.slow

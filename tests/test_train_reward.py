@@ -2,19 +2,25 @@
 
 import json
 import math
+import os
+import signal
 
 import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from peft import AutoPeftModelForSequenceClassification
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
 from stages import train_reward
+from stages.lib.model.adapters import Lora
 from stages.lib.model.loading import freeze, set_seed
-from stages.lib.model.reward import new_reward_model, score_sequences
+from stages.lib.model.reward import load_reward_model, new_reward_model, score_sequences
 from stages.lib.run.artefacts import read_parquet, write_parquet
+from stages.lib.run.checkpoints import Stopped
 from stages.lib.run.params import Base, load_params
 from stages.train_reward import HeadOnFeatures, OneDevice, Params, heldout_figures, main
 from tests.conftest import REPO
@@ -23,7 +29,21 @@ from tests.support.corrupted_tables import write_reward_negatives
 
 BASE = Base(seed=42, precision="fp32")
 PARAMS = Params(
-    learning_rate=1e-2, epochs=3, batch_size=4, logging_steps=5, hard_negatives=False, micro_batch_tokens=512
+    backbone="frozen",
+    learning_rate=1e-2,
+    backbone_learning_rate=1e-3,
+    center_rewards_coefficient=None,
+    epochs=3,
+    batch_size=4,
+    logging_steps=5,
+    hard_negatives=False,
+    micro_batch_tokens=512,
+)
+LORA = PARAMS.replace(
+    backbone="lora",
+    lora=Lora(rank=4, alpha=8.0, dropout=0.1, targets="all-linear"),
+    epochs=1,
+    micro_batch_tokens=1000,
 )
 
 
@@ -162,6 +182,124 @@ def test_equals_an_ordinary_reward_trainer_run_over_tokens(root, tokenizer, tmp_
     ).train()
     # fp32 rounding of two batch layouts, after 18 AdamW steps of 1e-2
     torch.testing.assert_close(ours, model.score.weight, atol=2e-4, rtol=1e-3)
+
+
+# a backbone that is trained
+
+
+def weights_of(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("backbone", ["lora", "full"])
+def test_a_trained_backbone_learns_and_every_later_stage_reads_it_as_any_other(root, tokenizer, backbone):
+    main(BASE, LORA.replace(backbone=backbone, epochs=2, center_rewards_coefficient=0.01), root)
+    metrics = json.loads((root / "reports/train_reward/metrics.json").read_text())
+    history = pd.read_csv(root / "reports/train_reward/history.csv")
+    assert metrics["steps"] == 2 * math.ceil(22 / 4) and history["step"].tolist() == [5, 10]
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+    assert history["learning_rate"].iloc[0] == pytest.approx(1e-2 * (12 - 4) / 12)  # of the head, before step 5
+
+    found, base = weights_of(root / "models/reward"), weights_of(root / "models/base")
+    assert found.keys() - base.keys() == {"score.weight"} and {w.dtype for w in found.values()} == {torch.float32}
+    changed = {name for name in base.keys() & found.keys() if not torch.equal(found[name], base[name])}
+    assert changed == ({name for name in base if "_proj" in name} if backbone == "lora" else set(base))
+    assert (root / "models/reward/adapter").exists() == (backbone == "lora")
+
+    model = load_reward_model(root / "models/reward")
+    heldout = read_parquet(root / "data/tokenized/reward_heldout.parquet")
+    scores = pd.read_csv(root / "reports/train_reward/heldout_scores.csv")
+    for side in ("chosen", "rejected"):
+        expected = score_sequences(model, heldout[f"{side}_ids"], 512, "fp32")
+        assert scores[f"{side}_score"].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_adapter_is_what_was_merged(root, monkeypatch):
+    main(BASE, LORA, root)
+    monkeypatch.chdir(root)  # the adapter names models/base
+    by_peft = AutoPeftModelForSequenceClassification.from_pretrained(
+        "models/reward/adapter", num_labels=1, dtype=torch.float32
+    ).merge_and_unload()
+    found = weights_of(root / "models/reward")
+    assert all(torch.equal(weight, found[name]) for name, weight in by_peft.state_dict().items() if name in found)
+
+
+def test_full_training_in_parts_is_that_in_whole_batches(root, tokenizer, tmp_path):
+    """And is an ordinary run of TRL's trainer with one learning rate."""
+    params = LORA.replace(backbone="full", learning_rate=1e-3, micro_batch_tokens=100_000)
+    main(BASE, params, root)
+    whole = weights_of(root / "models/reward")
+    main(
+        BASE, params.replace(micro_batch_tokens=500), root
+    )  # of 22 pairs the last 2 are a part of their own anyhow
+    for name, weight in weights_of(root / "models/reward").items():
+        torch.testing.assert_close(weight, whole[name], rtol=0, atol=2e-4)
+
+    set_seed(42)
+    model = new_reward_model(root / "models/base", tokenizer.pad_token_id)
+    rows = {split: read_parquet(root / f"data/tokenized/reward_{split}.parquet") for split in ("train", "heldout")}
+    names = ("chosen_ids", "rejected_ids")
+    tables = {split: Dataset.from_dict({name: columns[name] for name in names}) for split, columns in rows.items()}
+    arguments = RewardConfig(
+        output_dir=str(tmp_path / "trl"), learning_rate=1e-3, num_train_epochs=1, per_device_train_batch_size=4,
+        seed=42, max_length=None, bf16=False, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = RewardTrainer(model=model, args=arguments, train_dataset=tables["train"], processing_class=tokenizer)
+    trainer.train()
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_half_precision_multiplies_in_it_and_scores_in_fp32(root, monkeypatch, precision):
+    seen = set()
+    forward = torch.nn.functional.linear
+
+    def watched(input, weight, bias=None):
+        out = forward(input, weight, bias)
+        seen.add((weight.shape[0] == 1, out.dtype))
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    main(Base(seed=42, precision=precision), LORA.replace(epochs=1), root)
+    assert (True, torch.float32) in seen and (True, torch.bfloat16) not in seen
+    assert (False, torch.bfloat16) in seen
+    found, base = weights_of(root / "models/reward"), weights_of(root / "models/base")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.linalg.matrix_rank(found[name] - base[name], atol=1e-6) <= 4  # the base was rounded nowhere
+
+
+@pytest.mark.parametrize("backbone", ["lora", "full"])
+def test_a_stopped_backbone_run_goes_on_to_the_same_bytes(root, monkeypatch, backbone):
+    """With dropout in the adapters, whose random numbers a checkpoint keeps too."""
+    monkeypatch.setenv("CHECKPOINT_MINUTES", "0")
+    params = LORA.replace(backbone=backbone, epochs=2, logging_steps=2)
+    main(BASE, params, root)
+    expected = {file: file.read_bytes() for file in sorted(root.glob("models/reward/**/*.safetensors"))}
+    history = (root / "reports/train_reward/history.csv").read_bytes()
+    steps, on_step_end = [], train_reward.KeepAtRows.on_step_end
+
+    def stopping(self, *args, **how):
+        steps.append(1)
+        if len(steps) == 9:  # one after the checkpoint of step 8
+            os.kill(os.getpid(), signal.SIGTERM)
+        return on_step_end(self, *args, **how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_reward.KeepAtRows, "on_step_end", stopping)
+        with pytest.raises(Stopped, match="stopped by SIGTERM; `dvc repro` goes on from"):
+            main(BASE, params, root)
+    (kept,) = root.glob("checkpoints/train_reward/*/trainer/checkpoint-*")
+    assert kept.name == "checkpoint-8"
+    main(BASE, params, root)
+    assert {file: file.read_bytes() for file in sorted(root.glob("models/reward/**/*.safetensors"))} == expected
+    assert (root / "reports/train_reward/history.csv").read_bytes() == history
+    assert not list(root.glob("checkpoints/train_reward/*/trainer"))
+
+
+def test_adapters_need_a_rank():
+    with pytest.raises(ValidationError, match="backbone is lora, and lora.rank is null"):
+        PARAMS.replace(backbone="lora")
 
 
 def test_one_device_whatever_is_visible(root, tokenizer, tmp_path, monkeypatch):

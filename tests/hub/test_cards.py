@@ -12,7 +12,7 @@ from stages.lib.hub import cards
 from stages.lib.hub.card_facts import CardError, Facts, read_answers, read_example, read_hashes, read_runs
 from stages.lib.hub.cards import PICTURES, render_card, render_run
 from stages.lib.report.files import ReportFiles
-from stages.lib.run.artefacts import read_json, write_json
+from stages.lib.run.artefacts import read_json, read_parquet, write_json, write_parquet
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import read_params
 from tests.conftest import REPO
@@ -42,10 +42,11 @@ def facts_of(root, **changes) -> Facts:
         language="en",
         private={"dpo": True, "reward": True, "ppo": False},
         show_private_texts=False,
+        adapters=dict.fromkeys(KINDS),
         seed=42,
         params=read_params(REPO),
         reports=reports,
-        samples=read_answers(reports, 3),
+        samples=read_answers(root, reports, 3),
         example=read_example(root, reports),
         hashes={"data/pairs": "0123.dir", "models/base": "4567.dir"},
     )
@@ -71,6 +72,41 @@ def test_the_hub_takes_the_card(root, kind):
     assert "datasets" not in data  # a local file is no data set on the Hub
     assert data["pipeline_tag"] == ("text-classification" if kind == "reward" else "text-generation")
     assert "nan" not in card.lower().split()
+
+
+def test_the_widget_asks_in_the_prompts_own_messages_and_leaves_out_tools(root):
+    path = root / "data/pairs/heldout.parquet"
+    rows = read_parquet(path)
+    turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello!"), ("user", "How are you?")]
+    talk = [{"role": role, "content": content} for role, content in turns]
+    call = [
+        {"role": "user", "content": "Look."},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]},
+    ]
+    messages = [json.dumps(talk), json.dumps(call), *[None] * (len(rows["row"]) - 2)]
+    write_parquet(path, rows | {"messages": messages, "tools": [None] * len(messages)})
+    asked = [example["messages"] for example in metadata_of(render_card("dpo", facts_of(root), SHA256))["widget"]]
+    assert asked == [[{"role": "user", "content": FIRST_PROMPT}], talk]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "words"),
+    [
+        ("frozen", "The base model is frozen; only the linear layer is trained, without a bias, for 16 epochs"),
+        ("lora", "is trained with low-rank adapters ([LoRA](https://arxiv.org/abs/2106.09685)) of rank 8 beside"),
+        ("full", "is trained with all weights of the base, for 16 epochs"),
+    ],
+)
+def test_the_reward_models_card_says_what_was_trained(root, backbone, words):
+    params = read_params(REPO)
+    params["lora"]["rank"] = 8
+    params["train_reward"] |= {"backbone": backbone, "center_rewards_coefficient": 0.01}
+    card = render_card("reward", facts_of(root, params=params), SHA256)
+    method = section(card, "Training")
+    assert words in method and "with weight 0.01, to keep scores about zero" in method
+    assert ("(the layer) and 0.0001 (the rest)" in method) == (backbone != "frozen")
+    assert ("on a frozen model" in section(card, "Limitations and intended use")) == (backbone == "frozen")
+    assert ("rank: 8" in method) == (backbone == "lora")
 
 
 def test_the_model_index_holds_the_measured_numbers(root):
@@ -393,11 +429,11 @@ def test_the_example_is_of_median_margin_among_those_ranked_right(root, embedded
 def test_answers_that_lack_a_model_are_an_error(root):
     path = root / "reports/sample_responses/samples.json"
     samples = json.loads(path.read_text())
-    assert read_answers(ReportFiles(root), 2)[0].prompt == FIRST_PROMPT
+    assert read_answers(root, ReportFiles(root), 2)[0].prompt == FIRST_PROMPT
     del samples[0]["answers"]["ppo"]
     path.write_text(json.dumps(samples))
     with pytest.raises(CardError, match="'ppo' is missing; run `dvc repro -f sample_responses`"):
-        read_answers(ReportFiles(root), 2)
+        read_answers(root, ReportFiles(root), 2)
 
 
 def test_hashes_are_those_of_dvc_lock(root):

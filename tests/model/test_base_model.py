@@ -72,7 +72,7 @@ def damaged(folder, how):
     ("how", "words"),
     [
         ("no safetensors", "has no .*safetensors"),
-        ("adapter", "is an adapter .*merge_and_unload"),
+        ("adapter", "is an adapter .*not a whole model"),
         ("weights missing", "1 weights are missing, model.layers.1.mlp.up_proj.weight"),
         ("cut off", "not a causal language model that can be loaded"),
         ("other shape", "not a causal language model that can be loaded"),

@@ -60,7 +60,15 @@ DPO = train_dpo.Params(
     micro_batch_tokens=500,
 )
 REWARD = train_reward.Params(
-    learning_rate=1e-2, epochs=2, batch_size=4, logging_steps=2, hard_negatives=True, micro_batch_tokens=512
+    backbone="frozen",
+    backbone_learning_rate=1e-4,
+    center_rewards_coefficient=None,
+    learning_rate=1e-2,
+    epochs=2,
+    batch_size=4,
+    logging_steps=2,
+    hard_negatives=True,
+    micro_batch_tokens=512,
 )
 PPO = train_ppo.Params(
     policy="base",

@@ -33,7 +33,7 @@ ISO_639_1 = set(
     yi yo za zh zu""".split()
 )
 PIPELINE_TAGS = {"text-generation", "text-classification"}  # those that apply to these models
-LIBRARIES = {"transformers"}
+LIBRARIES = {"transformers", "peft"}
 RELATIONS = {"finetune", "quantized", "adapter", "merge"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 BLOCK = re.compile(r"\A---\n([\s\S]*?)\n---(\n|\Z)")  # repocard.REGEX_YAML_BLOCK, for cards with Unix line ends

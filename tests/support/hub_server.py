@@ -126,6 +126,16 @@ class HubServer(LoopbackServer):
         files = self.repositories[repo_id].head.files
         return {path: self.read(file) for path, file in files.items()}
 
+    def hold(self, repo_id: str, folder: Path) -> str:
+        """Another's public repository with the folder's files, as one more commit; returns it."""
+        files = {}
+        for file in (file for file in folder.rglob("*") if file.is_file()):
+            content = file.read_bytes()
+            files[file.relative_to(folder).as_posix()] = File(len(content), git_hash(content), content)
+        repository = self.repositories.setdefault(repo_id, Repository(repo_id, False, []))
+        repository.commits.append(Commit(self.new_oid(), "Published elsewhere", files))
+        return repository.head.oid
+
     def read(self, file: File) -> bytes:
         return file.content if file.content is not None else (self.folder / file.sha256).read_bytes()
 

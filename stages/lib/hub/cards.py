@@ -90,7 +90,9 @@ def render_card(kind: Kind, facts: Facts, weights_sha256: str) -> str:
         suffix=SUFFIXES[kind],
         facts=facts,
         repository=facts.repository(kind),
+        adapter=facts.adapters[kind],
         pictures=PICTURES[kind],
+        weights_file=facts.weights_file(kind),
         weights_sha256=weights_sha256,
         settings=_settings(kind, facts.params),
         samples=facts.shown(kind),
@@ -106,14 +108,16 @@ def render_run(runs: dict[str, dict[str, Any]]) -> str:
 
 def metadata(kind: Kind, facts: Facts) -> dict[str, Any]:
     """The YAML block; only what the Hub documents, and only what is known."""
+    adapter = facts.adapters[kind]
+    alone = adapter is not None and adapter.alone
     data: dict[str, Any] = {
         "license": facts.license,
         "language": facts.language,
-        "library_name": "transformers",
+        "library_name": "peft" if alone else "transformers",
         "pipeline_tag": "text-classification" if kind == "reward" else "text-generation",
     }
     if facts.base_id:
-        data |= {"base_model": facts.base_id, "base_model_relation": "finetune"}
+        data |= {"base_model": facts.base_id, "base_model_relation": "adapter" if alone else "finetune"}
     if facts.data_id:
         data["datasets"] = [facts.data_id]
     data["tags"] = {
@@ -125,9 +129,10 @@ def metadata(kind: Kind, facts: Facts) -> dict[str, Any]:
     data["model-index"] = [{"name": facts.repository(kind).split("/")[1], "results": [_result(kind, facts)]}]
     if kind != "reward":
         data["widget"] = [
-            {"messages": [{"role": "user", "content": without_controls(sample.prompt)}]}
+            {"messages": [message | {"content": without_controls(message["content"])} for message in sample.chat]}
             | {"output": {"text": without_controls(sample.texts[kind]["greedy"])}}
             for sample in facts.shown(kind)[:3]
+            if sample.chat
         ]
     return data
 
@@ -176,6 +181,8 @@ def _settings(kind: Kind, params: dict[str, Any]) -> Markup:
     stage = f"train_{kind}"
     data = {key: params["fetch_pairs"][key] for key in ("max_pairs", "holdout_fraction")}
     shown = {"fetch_pairs": data, "tokenize_pairs": params["tokenize_pairs"]}
+    if params["lora"]["rank"] and (kind != "reward" or params[stage]["backbone"] == "lora"):
+        shown["lora"] = params["lora"]
     return Markup(yaml_dump(shown | {stage: params[stage]}, sort_keys=False).strip())
 
 

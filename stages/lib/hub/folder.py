@@ -11,6 +11,7 @@ from stages.lib.run.errors import UserError
 
 LINKED = ".safetensors"  # half a gigabyte each
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz"}
+ADAPTER = "adapter"  # its folder within a model's
 NOT_OURS = {"README.md", ".gitattributes"}  # a trainer's card would stand where ours belongs
 
 
@@ -62,6 +63,15 @@ def take_model(model: Path, folder: Path) -> None:
             link(file, target)
         elif file.name not in NOT_OURS:
             take(file, target)
+
+
+def take_adapter(model: Path, folder: Path) -> None:
+    """The model's adapter at the top, and its tokenizer; neither weights nor configuration of the whole model."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        take(model / ADAPTER / name, folder / name)
+    for file in sorted(model.iterdir()):
+        if "token" in file.name or file.suffix == ".jinja":  # tokenizer.json, special_tokens_map.json, ...
+            take(file, folder / file.name)
 
 
 def take(source: Path, target: Path) -> None:

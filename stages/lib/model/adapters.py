@@ -7,7 +7,7 @@ PEFT is imported where adapters are asked for: without them, no stage waits for 
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -46,13 +46,18 @@ class Lora(Section):
 FULL = Lora(rank=None, alpha=32.0, dropout=0.0, targets="all-linear")
 
 
-def add_adapters(model: PreTrainedModel, lora: Lora, precision: str) -> "PeftModel":
+def add_adapters(
+    model: PreTrainedModel, lora: Lora, precision: str, task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
+) -> "PeftModel":
     """Freezes the model and puts fresh adapters beside its linear layers, in place: they change nothing yet.
 
     Their weights are drawn here: seed first. In a precision below fp32 the frozen linear layers take it.
 
+    Args:
+        task: SEQ_CLS of a reward model, whose head `score` is trained with the adapters.
+
     Returns:
-        PEFT's view of the model, whose only trainable parameters are the adapters'.
+        PEFT's view of the model, whose only trainable parameters are the adapters' and such a head's.
 
     Raises:
         UserError: no layer of the model has a name that `lora.targets` lists.
@@ -62,10 +67,10 @@ def add_adapters(model: PreTrainedModel, lora: Lora, precision: str) -> "PeftMod
     assert lora.rank is not None
     freeze(model)
     if precision != "fp32":
-        cast_linear_layers(model, DTYPES[precision])
+        cast_linear_layers(model, DTYPES[precision], but=("score",) if task == "SEQ_CLS" else ())
     own_memory(model)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task,  # of SEQ_CLS, PEFT keeps a trainable copy of the head
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]: PEFT 0.21 takes any number
         lora_dropout=lora.dropout,
@@ -137,12 +142,14 @@ def save_adapted(
     base: str,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
+    load: Callable[[Path], PreTrainedModel] = load_causal_lm,
 ) -> None:
     """The model that base and adapters make, as `save_model` writes it, and in `folder`/adapter the adapters alone.
 
     Args:
         weights: of the model, under its own names; those of the adapters are taken.
         base: the model that the adapters were put on, a folder under `root`; the adapters name it as their base.
+        load: reads it, in fp32.
     """
     with tempfile.TemporaryDirectory() as scratch:
         adapter = Path(scratch)
@@ -152,12 +159,12 @@ def save_adapted(
         (adapter / "README.md").unlink()  # PEFT's form of a card
         settings = read_json(adapter / "adapter_config.json")
         write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": base})
-        save_model(merged(root / base, adapter), tokenizer, folder, beside={FOLDER: adapter})
+        save_model(merged(load(root / base), adapter), tokenizer, folder, beside={FOLDER: adapter})
 
 
-def merged(base: Path, adapter: Path) -> PreTrainedModel:
-    """The model in `base` with the adapters in `adapter` added to its weights: float32, on the CPU."""
+def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model, in float32 on the CPU, with the adapters in `adapter` added to its weights, in place."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load_causal_lm(base), str(adapter), local_files_only=True)
+    model = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
     return model.merge_and_unload()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import json
 import re
 import struct
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -23,6 +25,7 @@ from transformers import (
 from stages.lib.model.loading import set_seed
 from stages.lib.run.errors import UserError
 
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's; where it is, there is no whole model
 # what transformers, gguf and safetensors raise on damaged files
 DATE = datetime.date(2024, 7, 26)  # Llama 3.2's own, where a template cannot ask for today's
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, struct.error)
@@ -94,13 +97,10 @@ def load_folder(folder: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTok
         name: for errors; a hub id where the folder is a download.
 
     Raises:
-        UserError: no safetensors, quantised, unreadable, with weights missing, or without a fast tokenizer.
+        UserError: an adapter, no safetensors, quantised, unreadable, with weights missing, or without a fast tokenizer.
     """
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{name}: is an adapter (LoRA or another), not a whole model; merge it into its base and save that "
-            "(peft: merge_and_unload, then save_pretrained with the tokenizer)"
-        )
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{name}: is an adapter (LoRA or another), not a whole model")
     if not list(folder.glob("*.safetensors")):
         raise UserError(
             f"{name}: has no *.safetensors at its top; convert the weights, other formats are not read"
@@ -120,6 +120,60 @@ def load_folder(folder: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTok
         raise UserError(f"{name}: {len(missing)} weights are missing, {missing[0]} among them; fetch it again")
     if not tokenizer.is_fast:
         raise UserError(f"{name}: has no fast tokenizer (tokenizer.json); convert it first")
+    return model, tokenizer
+
+
+def base_of_adapter(folder: Path, name: str) -> tuple[str, str] | None:
+    """What an adapter was trained on, as its settings name it, and at which revision; None for a whole model.
+
+    Raises:
+        UserError: the settings cannot be read, name no base, or are of another kind of model.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        base, task = settings.get("base_model_name_or_path"), settings.get("task_type")
+        revision = settings.get("revision") or "main"
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{name}: {ADAPTER_CONFIG} is no JSON object: {error}") from error
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{name}: is an adapter, and {ADAPTER_CONFIG} does not name its base_model_name_or_path")
+    if task not in (None, "CAUSAL_LM"):
+        raise UserError(
+            f"{name}: is an adapter of another kind of model ({task}); choose one of a causal language model"
+        )
+    return base, revision
+
+
+def load_adapted(folder: Path, base: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that an adapter makes of its base, merged in fp32; its own tokenizer where it has one.
+
+    Args:
+        base: the folder of the whole model that it was trained on.
+
+    Raises:
+        UserError: no safetensors, of a kind that cannot be merged, or it does not fit the base; as of `load_folder`.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{name}: is an adapter without {weights.name}; other formats are not read")
+    model, tokenizer = load_folder(base, f"{name}: its base {base}")
+    try:
+        whole = {f"base_model.model.{name}" for name in model.state_dict()}  # it may hold a trained embedding too
+        adapted = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+        own = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        given = load_file(weights).keys()
+        if not own <= given <= own | whole:  # PEFT warns, and draws what is missing
+            raise ValueError(f"{weights.name} holds other weights than its settings say")
+        model = adapted.merge_and_unload()
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (*UNREADABLE, NotImplementedError) as error:
+        raise UserError(f"{name}: an adapter that cannot be merged into {base}: {error}") from error
     return model, tokenizer
 
 

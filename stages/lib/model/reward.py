@@ -35,6 +35,20 @@ def new_reward_model(folder: Path, pad_token_id: int) -> PreTrainedModel:
     return model.eval()
 
 
+class Fp32Linear(nn.Linear):
+    """A linear layer that computes in fp32 whatever autocast says."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+
+def with_fp32_head(model: PreTrainedModel) -> PreTrainedModel:
+    """The reward model, whose own forward pass now computes scores as `apply_head` does; in place."""
+    model.score.__class__ = Fp32Linear
+    return model
+
+
 def closed(response: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A response as the reward model reads it, with an EOS at its end.
 

@@ -33,6 +33,7 @@ MODEL_STAGES = (
 STAGES = (*DATA_STAGES, *MODEL_STAGES, "publish_hub")
 PARAMETERS = ("base", *DATA_STAGES, *MODEL_STAGES)  # the sections that the numbers depend on
 NONE = "\N{EM DASH}"
+BACKBONES = {"frozen": "the frozen base", "lora": "the base with trained adapters", "full": "the base, all of it trained"}
 JUDGED = ("dpo", "ppo")  # against the base
 
 COLUMNS = {**MODELS, "chosen": "Preferred answers"}
@@ -97,7 +98,7 @@ def setup(files: ReportFiles, params: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "Reward model",
-            f"linear head on the frozen base, learning rate {_rate(reward['learning_rate'])}, "
+            f"linear head on {BACKBONES[reward['backbone']]}, learning rate {_rate(reward['learning_rate'])}, "
             f"{_times(reward['epochs'], 'epoch')}: {_times(reward_steps, 'step')} of {reward['batch_size']} pairs",
         ),
         (

@@ -146,6 +146,29 @@ class Checkpoints:
         if stop:
             raise Stopped(f"stopped by {stop}; `dvc repro` goes on from {self.path}")
 
+    def due(self) -> bool:
+        """Whether it is time to save: for a library that writes its own checkpoint, beside `path`, and says `saved`."""
+        return time.monotonic() - self._saved_at >= 60 * self.minutes
+
+    def saved(self) -> None:
+        self._saved_at = time.monotonic()
+
+    @property
+    def asked_to_end(self) -> bool:
+        """Whether a signal arrived; whoever ends because of it calls `stop`."""
+        return self._stop is not None
+
+    def stop(self, saved: bool) -> None:
+        """
+        Args:
+            saved: whether there is a checkpoint.
+
+        Raises:
+            Stopped: always.
+        """
+        then = f"goes on from {self.path.parent}" if saved else "begins anew"
+        raise Stopped(f"stopped by {self._stop}; `dvc repro` {then}")
+
     def _save(self, values: dict[str, Any]) -> None:
         tracked = {name: part.state_dict() for name, part in self._tracked.items()}
         state = {"values": values, "tracked": tracked, "random": _random_state()}
