@@ -166,5 +166,5 @@ def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """The model, in float32 on the CPU, with the adapters in `adapter` added to its weights, in place."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
-    return model.merge_and_unload()
+    adapted = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+    return adapted.merge_and_unload()
