@@ -620,6 +620,7 @@ def test_an_adapter_loads_as_its_card_says(adapted_root, hub, tmp_path, alone):
     """From the Hub into an empty cache, on the base that is there; and it is the local model."""
     root = adapted_root
     put_the_base_on(hub, root)
+    make_the_example_hold(root)
     set_params(root, push="true", adapter_only=str(alone).lower())
     status, printed = run(root, hub.env())
     assert status == 0, printed
@@ -651,7 +652,8 @@ def test_an_adapter_loads_as_its_card_says(adapted_root, hub, tmp_path, alone):
         expected = load_causal_lm(root / f"models/{kind}")(torch.arange(20)[None]).logits[0, -1]
         torch.testing.assert_close(torch.tensor(json.loads(logits)), expected, rtol=0, atol=1e-4)
     if alone:
-        assert run(root, hub.env() | {"PYTHONPATH": str(REPO)}, module="stages.check_hub")[0] == 0
+        status, printed = run(root, hub.env() | {"PYTHONPATH": str(REPO)}, module="stages.check_hub")
+        assert status == 0 and f"{NAMES['ppo']}: the same 256 tokens as" in printed, printed
 
 
 def test_an_adapter_alone_needs_an_adapter_and_a_base_on_the_hub(root, adapted_root):

@@ -33,7 +33,11 @@ MODEL_STAGES = (
 STAGES = (*DATA_STAGES, *MODEL_STAGES, "publish_hub")
 PARAMETERS = ("base", *DATA_STAGES, *MODEL_STAGES)  # the sections that the numbers depend on
 NONE = "\N{EM DASH}"
-BACKBONES = {"frozen": "the frozen base", "lora": "the base with trained adapters", "full": "the base, all trained"}
+BACKBONES = {
+    "frozen": "the frozen base",
+    "lora": "the base with trained adapters",
+    "full": "the base, all trained",
+}
 JUDGED = ("dpo", "ppo")  # against the base
 
 COLUMNS = {**MODELS, "chosen": "Preferred answers"}
