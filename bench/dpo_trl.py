@@ -94,6 +94,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             num_train_epochs=1,
             max_length=spec["max_length"],
             bf16=spec["precision"] == "bf16",
+            fp16=spec["precision"] == "fp16",
             use_cpu=device.type == "cpu",
             save_strategy="no",
             report_to="none",

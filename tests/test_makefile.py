@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import bench_dpo, bench_generate, bench_ppo
+from stages.lib.run.params import read_params
 from tests.conftest import REPO
 
 
@@ -123,3 +125,17 @@ def test_make_says_what_it_is_about_to_download(tmp_path, arguments, said):
     command = ["make", "--silent", "-f", REPO / "Makefile", "torch-build", *arguments]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and ("TORCH_INDEX=" in result.stdout) == said
+
+
+def test_gpu_check_asks_for_what_benchmarks_and_recipe_have():
+    command = ["make", "-n", "gpu-check", f"STOCK={sys.prefix}"]
+    lines = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout.splitlines()
+    asked = {line.split()[2]: line.split()[3:] for line in lines if " -m bench." in line}
+    parsers = {"bench.bench_dpo": bench_dpo, "bench.bench_ppo": bench_ppo, "bench.bench_generate": bench_generate}
+    assert asked.keys() == parsers.keys()
+    for name, parser in parsers.items():
+        options = parser.parse(asked[name])
+        assert (options.device, options.rounds, options.base.name) == ("cuda", 1, "base")
+    overrides = [text.split("=")[0] for text in lines[-1].split() if "=" in text]
+    sections = read_params(REPO)
+    assert len(overrides) == 2 and all(part[1] in sections[part[0]] for part in (o.split(".") for o in overrides))

@@ -1,6 +1,7 @@
 """What only a CUDA card can show: `make gpu-check`, or pytest -m gpu. The rest is proved on CPUs with faked devices."""
 
 import csv
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages import reference_logps, train_dpo, train_ppo
-from stages.lib.model import attention
+from stages.lib.model import attention, generate
 from stages.lib.model.attention import hidden_states, runs_varlen, use_packed_attention
 from stages.lib.model.loading import autocast
 from stages.lib.model.logps import CompletionLogps
@@ -105,6 +106,29 @@ def test_a_micro_batch_never_waits_for_the_card():
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_generation_waits_for_the_card_where_it_looks(tokenizer, monkeypatch):
+    prompts, budgets = [[5, 6, 7], [8], [9, 10], [11] * 9], [24, 9, 3, 24]
+    model, waits = llama(), {}
+
+    def answers(*budgets: int) -> list[list[int]]:
+        options = {"temperature": [None, 0.7, 1.0, 0.7], "top_p": 0.9}
+        return generate.generate(model, tokenizer, prompts, budgets, CUDA, "fp32", **options)
+
+    expected = answers(*budgets)
+    for longest in (9, 24):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                answers(*[longest] * 4)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits[longest] = sum("synchronizing" in str(each.message) for each in caught)
+    assert waits[9] and waits[24] - waits[9] < 5, "one look more; a wait at every token were 15"
+    monkeypatch.setattr(generate, "LOOK_EVERY", 1)
+    assert answers(*budgets) == expected
 
 
 @pytest.mark.parametrize("training", [True, False])
