@@ -26,17 +26,8 @@ from datasets import Dataset, concatenate_datasets
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
-from transformers.modeling_outputs import SequenceClassifierOutput
-from trl import RewardConfig, RewardTrainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import RewardTrainer
 
 from stages.lib.model.adapters import FULL, Lora, add_adapters, save_adapted
 from stages.lib.model.loading import freeze, load_tokenizer, pick_device, pick_precision, save_model, set_seed
@@ -48,6 +39,7 @@ from stages.lib.model.reward import (
     score_sequences,
     with_fp32_head,
 )
+from stages.lib.model.reward_trainer import HeadOnFeatures, KeepAtRows, OneDevice, collate_features, run_trainer
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.checkpoints import Checkpoints
 from stages.lib.run.params import Base, MicroBatchTokens, Section
@@ -56,9 +48,6 @@ from stages.lib.run.stage import run_stage
 SIDES = ("chosen", "rejected")
 PAIR_REPEATS = 2  # of every pair among its hard negatives, of which each kind stands once
 CHUNK = 256  # texts between two chances to save their features
-HISTORY = ["loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"]  # TRL 1.16's own names
-
-
 CORRUPTED = "corrupted "  # before a split's name: the corrupted copies of its chosen answers
 
 
@@ -89,42 +78,7 @@ class Fit:
     steps: int  # of the optimizer
     scores: dict[
         tuple[str, str], Tensor
-    ]  # of the held-out pairs and their corrupted copies: by table and side, (N,)
-
-
-class OneDevice(RewardConfig):
-    """RewardConfig for one device, however many are visible.
-
-    Without a launcher HF's Trainer wraps the model in DataParallel when it sees several GPUs, which multiplies
-    the batch; RewardTrainer refuses to start then (TRL 1.16). Both ask `n_gpu`.
-    """
-
-    @property
-    def n_gpu(self) -> int:
-        return 1
-
-
-class HeadOnFeatures(PreTrainedModel):
-    """A reward model's head, given what its frozen backbone made of each sequence."""
-
-    config_class = PreTrainedConfig
-
-    def __init__(self, score: nn.Linear, tokenizer: PreTrainedTokenizerBase):
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        super().__init__(PreTrainedConfig(num_labels=1, **ids))
-        self.score = score
-
-    def forward(self, features: Tensor, **_) -> SequenceClassifierOutput:
-        """(B, H) features to (B, 1) scores."""
-        return SequenceClassifierOutput(logits=self.score(features))
-
-
-def collate_features(rows: list[dict]) -> dict[str, Tensor]:
-    """Chosen first, then rejected, as RewardTrainer splits them."""
-    features = [row["chosen_features"] for row in rows] + [row["rejected_features"] for row in rows]
-    tokens = [len(row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")]
-    # RewardTrainer sums the attention mask to count tokens
-    return {"features": torch.stack(features), "attention_mask": torch.tensor(tokens)}
+    ]  # (N,) of the held-out pairs and their corrupted copies, by table and side
 
 
 def features_of(
@@ -191,7 +145,8 @@ def train_head(
             eval_dataset=heldout,
             processing_class=tokenizer,
         )
-        return run_trainer(trainer, params, len(train), len(heldout))
+        assert len(trainer.train_dataset) == len(train) and len(trainer.eval_dataset) == len(heldout)
+        return run_trainer(trainer, num_steps_of(params, len(train)))
 
 
 def train_backbone(
@@ -219,9 +174,8 @@ def train_backbone(
     part = max(
         size for size in range(1, params.batch_size + 1) if params.batch_size % size == 0 and size <= fitting
     )
-    folder = checkpoints.path.parent / "trainer"
     settings = trainer_settings(params, seed, len(train), device) | dict(
-        output_dir=str(folder),
+        output_dir=str(checkpoints.path.parent / "trainer"),
         per_device_train_batch_size=part,
         gradient_accumulation_steps=params.batch_size // part,
         per_device_eval_batch_size=1,  # so that its mean is over pairs
@@ -236,42 +190,28 @@ def train_backbone(
         {"params": [weights[name] for name in sorted(head)], "lr": params.learning_rate},
         {"params": [weights[name] for name in weights if name not in head], "lr": params.backbone_learning_rate},
     ]
-    keeper = KeepAtRows(checkpoints)
     trainer = RewardTrainer(
         model=model,  # pyright: ignore[reportArgumentType]: PEFT's view of a model is one
         args=OneDevice(**settings),
         train_dataset=train,
         eval_dataset=heldout,
         processing_class=tokenizer,
-        callbacks=[keeper],
+        callbacks=[KeepAtRows(checkpoints)],
         optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
     )
     trainer.create_model_card = lambda *args, **how: None  # TRL writes one into every checkpoint
-    return run_trainer(trainer, params, len(train), len(heldout), keeper, folder)
+    assert len(trainer.train_dataset) == len(train) and len(trainer.eval_dataset) == len(heldout)
+    return run_trainer(trainer, num_steps_of(params, len(train)), checkpoints)
 
 
-class KeepAtRows(TrainerCallback):
-    """The trainer's own checkpoints, when one is due: at rows of the history, where no figure is half a mean.
-
-    Asked to end, it ends after the step; what came after the last row is done again.
-    """
-
-    def __init__(self, checkpoints: Checkpoints):
-        self.checkpoints = checkpoints
-
-    def on_step_end(self, args: RewardConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        asked = self.checkpoints.asked_to_end and state.global_step < state.max_steps
-        control.should_save = control.should_log and (asked or self.checkpoints.due())
-        control.should_training_stop |= asked
-
-    def on_save(self, args: RewardConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.checkpoints.saved()
+def num_steps_of(params: Params, num_pairs: int) -> int:
+    """Optimizer steps of `epochs` over the pairs; an epoch's last batch may be smaller."""
+    return params.epochs * math.ceil(num_pairs / params.batch_size)
 
 
 def trainer_settings(params: Params, seed: int, num_pairs: int, device: torch.device) -> dict[str, Any]:
     """What both runs of TRL's trainer share."""
-    num_steps = params.epochs * math.ceil(num_pairs / params.batch_size)
-    logging_steps = min(params.logging_steps, num_steps)  # a short run has one row, not none
+    logging_steps = min(params.logging_steps, num_steps_of(params, num_pairs))  # a short run has one row, not none
     return dict(
         learning_rate=params.learning_rate,
         center_rewards_coefficient=params.center_rewards_coefficient,
@@ -289,43 +229,6 @@ def trainer_settings(params: Params, seed: int, num_pairs: int, device: torch.de
         report_to="none",
         use_cpu=device.type == "cpu",
     )
-
-
-def run_trainer(
-    trainer: RewardTrainer,
-    params: Params,
-    num_train: int,
-    num_heldout: int,
-    keeper: KeepAtRows | None = None,
-    folder: Path | None = None,
-) -> tuple[list[dict[str, float]], int]:
-    """Trains, from the last whole checkpoint in `folder` on; history and number of steps."""
-    assert len(trainer.train_dataset) == num_train and len(trainer.eval_dataset) == num_heldout
-    trainer.remove_callback(PrinterCallback)  # history.csv has it
-    trainer.train(resume_from_checkpoint=str(last_whole(folder)) if folder and last_whole(folder) else None)
-    num_steps = params.epochs * math.ceil(num_train / params.batch_size)
-    if keeper and folder and trainer.state.global_step < num_steps and keeper.checkpoints.asked_to_end:
-        keeper.checkpoints.stop(saved=last_whole(folder) is not None)
-    assert trainer.state.global_step == num_steps, f"{trainer.state.global_step} steps instead of {num_steps}"
-    return history_of(trainer.state.log_history), trainer.state.global_step
-
-
-def last_whole(folder: Path) -> Path | None:
-    """The newest of the trainer's checkpoints that it finished: trainer_state.json is what it writes last."""
-    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
-
-
-def history_of(log: list[dict[str, float]]) -> list[dict[str, float]]:
-    """One row per logged step out of the trainer's separate training and evaluation entries."""
-    heldout = {entry["step"]: entry for entry in log if "eval_loss" in entry}
-    history = []
-    for entry in log:
-        if "loss" in entry:
-            row = {name: entry[name] for name in ("step", "epoch", *HISTORY, "grad_norm", "learning_rate")}
-            row |= {f"eval_{name}": heldout[entry["step"]][f"eval_{name}"] for name in HISTORY}
-            history.append(row)
-    return history
 
 
 @torch.no_grad()

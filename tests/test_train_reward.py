@@ -19,10 +19,11 @@ from stages import train_reward
 from stages.lib.model.adapters import Lora
 from stages.lib.model.loading import freeze, set_seed
 from stages.lib.model.reward import load_reward_model, new_reward_model, score_sequences
+from stages.lib.model.reward_trainer import HeadOnFeatures, KeepAtRows, OneDevice
 from stages.lib.run.artefacts import read_parquet, write_parquet
 from stages.lib.run.checkpoints import Stopped
 from stages.lib.run.params import Base, load_params
-from stages.train_reward import HeadOnFeatures, OneDevice, Params, heldout_figures, main
+from stages.train_reward import Params, heldout_figures, main
 from tests.conftest import REPO
 from tests.support import short_of_memory
 from tests.support.corrupted_tables import write_reward_negatives
@@ -277,7 +278,7 @@ def test_a_stopped_backbone_run_goes_on_to_the_same_bytes(root, monkeypatch, bac
     main(BASE, params, root)
     expected = {file: file.read_bytes() for file in sorted(root.glob("models/reward/**/*.safetensors"))}
     history = (root / "reports/train_reward/history.csv").read_bytes()
-    steps, on_step_end = [], train_reward.KeepAtRows.on_step_end
+    steps, on_step_end = [], KeepAtRows.on_step_end
 
     def stopping(self, *args, **how):
         steps.append(1)
@@ -286,7 +287,7 @@ def test_a_stopped_backbone_run_goes_on_to_the_same_bytes(root, monkeypatch, bac
         return on_step_end(self, *args, **how)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_reward.KeepAtRows, "on_step_end", stopping)
+        patched.setattr(KeepAtRows, "on_step_end", stopping)
         with pytest.raises(Stopped, match="stopped by SIGTERM; `dvc repro` goes on from"):
             main(BASE, params, root)
     (kept,) = root.glob("checkpoints/train_reward/*/trainer/checkpoint-*")
