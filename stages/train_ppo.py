@@ -1,7 +1,7 @@
 """Train the policy with PPO (arXiv:1707.06347) against the reward model, at a price for leaving the frozen start.
 
 Reads   models/<policy> (start and reference), models/reward, data/tokenized/prompts_{train,judge}.parquet
-Writes  models/ppo                             policy weights and tokenizer
+Writes  models/ppo                             policy weights and tokenizer; with lora.rank also adapter/
         data/courses/ppo.parquet               the answers to the judge's prompts at every look
         reports/train_ppo/history.csv          one row per update, TRL's metric names
         reports/train_ppo/evaluations.csv      one row per look
@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages.lib.model import loading
-from stages.lib.model.adapters import TrainedWeights
+from stages.lib.model.adapters import FULL, Lora, TrainedWeights, add_adapters, save_adapted
 from stages.lib.model.frozen_side import FrozenSide
 from stages.lib.model.logps import TokenLogps
 from stages.lib.model.memory import MemoryDial, max_dial, memory_dial
@@ -93,6 +93,7 @@ class Params(Section):
     look_prompts: int = Field(gt=0)  # judge prompts answered at every look
     look_every: int = Field(ge=0)  # updates between looks, the best of which is kept; 0: keep the last
     micro_batch_tokens: MicroBatchTokens  # memory dial: tokens per forward and backward pass
+    lora: Lora = FULL  # adapters in place of full fine-tuning; without dropout, or no ratio would be 1
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -104,6 +105,11 @@ class Params(Section):
             raise ValueError("advantages: rloo needs answers_per_prompt of at least 2")
         if self.advantages == "gae" and self.num_updates <= self.value_warmup_updates:
             raise ValueError("value_warmup_updates leave no update to the policy")
+        if self.advantages == "gae" and self.critic == "separate" and self.lora.rank:
+            raise ValueError(
+                "critic: separate trains a second model, where lora.rank has one: set train_ppo.critic=frozen or "
+                "train_ppo.advantages=rloo, or lora.rank=null"
+            )
         return self
 
     @property
@@ -149,18 +155,21 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     chosen = draw(len(looked["prompt_id"]), params.look_prompts, base.seed, "look_prompts")
     look_prompts = [looked["input_ids"][i] for i in chosen]
 
-    # the policy, and the frozen side: its start as the reference, and the reward model
+    # the policy, and the frozen side: its start as the reference, and the reward model. With adapters the policy is
+    # they, and the reference the model without them
     start = root / "models" / params.policy
     policy = TokenLogps(loading.load_causal_lm(start, accelerator.device), params.temperature)
     frozen = FrozenSide(
-        loading.load_causal_lm(start, accelerator.device),
+        policy.model if params.lora.rank else loading.load_causal_lm(start, accelerator.device),
         load_reward_model(root / "models/reward", accelerator.device),
         params.temperature,
         tokenizer,
         precision,
         memory_dial(max_dial(params.micro_batch_tokens), 4096, policy.model, "train_ppo"),
     )
-    dial = memory_dial(params.micro_batch_tokens, 2048, policy.model, "train_ppo", training=True)
+    adapted = add_adapters(policy.model, params.lora, precision) if params.lora.rank else None
+    on_cpu = 1536 if adapted else 2048  # beside frozen weights, what a pass keeps is most of the memory
+    dial = memory_dial(params.micro_batch_tokens, on_cpu, policy.model, "train_ppo", training=True)
     schedule = params.schedule, params.warmup_updates, params.num_updates
     learner = Learner(policy, accelerator, dial, params.learning_rate, schedule, params.max_grad_norm)
     trained = TrainedWeights(policy.model)
@@ -194,8 +203,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         row |= {"score": rollout.raw_scores.mean().item(), "kl": kl, "entropy": rollout.entropies.mean().item()}
         state["evaluations"].append(row | how | {"kept": kept})
         course.add(update, update * params.batch_size, rollout)
-        if kept:  # the start itself need not be copied
-            now = trained.state_dict() if update else {}
+        if kept:  # the start itself need not be copied, but for its adapters
+            now = trained.state_dict() if update or adapted else {}
             weights = {name: weight.to("cpu", copy=True) for name, weight in now.items()}
             state["best"] = {"update": update, "objective": objective, "weights": weights}
         if (warning := babbles(how, state["evaluations"][0])) and accelerator.is_main_process:
@@ -286,7 +295,11 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         if accelerator.is_main_process:
             if collapsed or kept < len(history):
                 trained.load_state_dict(state["best"]["weights"] or loading.load_causal_lm(start).state_dict())
-            loading.save_model(policy.model, tokenizer, root / "models/ppo")
+            if adapted:
+                of = trained.state_dict(), root, f"models/{params.policy}"
+                save_adapted(adapted, *of, tokenizer, root / "models/ppo")
+            else:
+                loading.save_model(policy.model, tokenizer, root / "models/ppo")
             course.write(root / "data/courses/ppo.parquet")
             write_reports(root, params, state, kept, collapsed)
     return {

@@ -198,6 +198,7 @@ def line_added_to(name: str, line: str):
         (change_of("train_reward.learning_rate", 1e-6), AFTER_REWARD),
         (change_of("train_ppo.kl_coef", 0.9), AFTER_REWARD - {"train_reward"}),
         (change_of("train_ppo.policy", "dpo"), AFTER_REWARD - {"train_reward"}),
+        (change_of("lora.rank", 16), AFTER_DPO | AFTER_REWARD),
         (change_of("sample_responses.temperature", 0.1), {"sample_responses"} | AFTER_ANSWERS),
         (change_of("analyze_logps.confidence", 0.9), {"inspect_pairs", "analyze_logps"} | AFTER_ANSWERS),
         (line_added_to("stages/lib/analysis/verdict.py", "\n# a rule\n"), AFTER_SCORES),

@@ -1,10 +1,13 @@
 """The lean decoding step against the model's own forward."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 from transformers.cache_utils import Cache
 
+from stages.lib.model.adapters import FULL, adapters_off, add_adapters
 from stages.lib.model.generate import RoomyLayer, generate, in_precision
 from stages.lib.model.llama_step import LlamaStep, is_plain_llama
 
@@ -93,7 +96,31 @@ def test_greedy_answers_are_those_of_transformers_generate(config, tokenizer):
     assert generate(model, tokenizer, prompts, 70, torch.device("cpu"), "fp32") == expected
 
 
-def test_an_adapter_in_the_model_is_not_passed_by():
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_adapters_are_part_of_the_step(tokenizer, targets):
+    """Answers of the adapted model are those that transformers gives of the weights with the adapters merged in."""
+    model = random_model(PLAIN["grouped keys"])
+    whole = copy.deepcopy(model)
+    adapted = add_adapters(model, FULL.replace(rank=4, alpha=8.0, targets=targets), "fp32")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    assert is_plain_llama(model)
+    prompts, cpu = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63]], torch.device("cpu")
+    answers = generate(model, tokenizer, prompts, 40, cpu, "fp32")
+    with adapters_off(model):
+        assert generate(model, tokenizer, prompts, 40, cpu, "fp32") == generate(
+            whole, tokenizer, prompts, 40, cpu, "fp32"
+        )
+    merged = adapted.merge_and_unload()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        options = {"max_new_tokens": 40, "do_sample": False, "suppress_tokens": [tokenizer.pad_token_id]}
+        output = merged.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **options)
+        assert output[0, len(prompt) :].tolist() == answer
+
+
+def test_an_unknown_layer_in_the_model_is_not_passed_by():
     model = random_model(PLAIN["grouped keys"])
 
     class Adapted(torch.nn.Linear):

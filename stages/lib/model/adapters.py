@@ -86,10 +86,13 @@ def add_adapters(
     return adapted
 
 
+def has_adapter(module: nn.Module) -> bool:
+    """Whether it is one of PEFT's layers, for which PEFT need not be imported."""
+    return hasattr(module, "lora_A") and hasattr(module, "enable_adapters")
+
+
 def _adapted_layers(model: nn.Module) -> list[Any]:
-    """The layers with an adapter; none in a model without, which PEFT is not imported for."""
-    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
-    return [layer for layer in layers if hasattr(layer, "enable_adapters")]
+    return [module for module in model.modules() if has_adapter(module)]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stages.lib.model.adapters import adapters_off
 from stages.lib.model.answer_means import hidden_after, mean_of_completions, until_end
 from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.loading import DTYPES, autocast, cast_linear_layers, freeze, own_memory
@@ -37,7 +38,7 @@ class Opinions:
 class FrozenSide:
     """A base and a reward model that never change: one forward pass where the backbones are equal, bit for bit.
 
-    The reward model's is then let go.
+    The reward model's is then let go. Adapters that the base is given afterwards are off here.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class FrozenSide:
         of_tokens: dict[int, tuple[Tensor, ...]] = {}  # of an answer: logps, entropies and, if asked for, features
         tokens = sum(map(len, asked)) + sum(map(len, said))
         bar = tqdm(total=tokens, desc=progress, unit="tok", unit_scale=True, disable=progress is None)
-        with use_packed_attention(base), autocast(base.device, self.precision), bar:
+        with adapters_off(base), use_packed_attention(base), autocast(base.device, self.precision), bar:
             for rows, batch in packed_groups(asked, said, micro_batch_tokens, base.device, bar):
                 to_mean, to_read, to_score = (kind_of[rows] == kind for kind in range(3))
                 owners = owner_of[rows]

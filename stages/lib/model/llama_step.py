@@ -22,19 +22,23 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
+from stages.lib.model.adapters import has_adapter
+
 PLAIN = {LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaModel, LlamaRMSNorm, LlamaRotaryEmbedding}
 PLAIN |= {LlamaForCausalLM, SiLUActivation, nn.Embedding, nn.Linear, nn.ModuleList}
+OF_ADAPTERS = {nn.ModuleDict, nn.ParameterDict, nn.Identity, nn.Dropout}
 
 
 def is_plain_llama(model: PreTrainedModel) -> bool:
-    """Whether `LlamaStep` computes what the model does: a Llama without biases, adapters or another activation."""
+    """Whether `LlamaStep` computes what the model does: a Llama, with or without adapters, without biases and with the
+    usual activation."""
     if type(model) is not LlamaForCausalLM or model.device.type != "cpu":
         return False
     config = model.config
     return (
         not (config.attention_bias or config.mlp_bias)
         and config.rope_parameters["rope_type"] == "default"
-        and all(type(module) in PLAIN for module in model.modules())
+        and all(type(module) in PLAIN | OF_ADAPTERS or has_adapter(module) for module in model.modules())
     )
 
 
@@ -81,16 +85,16 @@ class LlamaStep:
             attended = self._attention(number, layer.self_attn, _norm(layer.input_layernorm, x), cos, sin)
             x = x + attended
             normed = _norm(layer.post_attention_layernorm, x)
-            gate, up = layer.mlp.gate_proj.weight @ normed, layer.mlp.up_proj.weight @ normed
-            x = x + layer.mlp.down_proj.weight @ functional.silu(gate, inplace=True).mul_(up)
+            gate, up = _linear(layer.mlp.gate_proj, normed), _linear(layer.mlp.up_proj, normed)
+            x = x + _linear(layer.mlp.down_proj, functional.silu(gate, inplace=True).mul_(up))
         return self.model.lm_head(_norm(decoder.norm, x).t())
 
     def _attention(self, number: int, module: LlamaAttention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(H * D, B) what the rows attend to, through the output weights."""
         width, rows, now = module.head_dim, x.shape[1], self.length - 1
-        query = _rotate((module.q_proj.weight @ x).view(-1, width, rows), cos, sin) * module.scaling
-        key = _rotate((module.k_proj.weight @ x).view(-1, width, rows), cos, sin)
-        value = (module.v_proj.weight @ x).view(-1, width, rows)
+        query = _rotate(_linear(module.q_proj, x).view(-1, width, rows), cos, sin) * module.scaling
+        key = _rotate(_linear(module.k_proj, x).view(-1, width, rows), cos, sin)
+        value = _linear(module.v_proj, x).view(-1, width, rows)
         keys, values = self.keys[number][..., : now + 1], self.values[number][:, :, : now + 1]
         keys[..., now], values[:, :, now] = key.permute(2, 0, 1), value.permute(2, 0, 1)
         query = query.view(len(key), -1, width, rows).permute(3, 0, 1, 2)  # (B, H_kv, H / H_kv, D)
@@ -98,7 +102,16 @@ class LlamaStep:
         if self.hidden is not None:
             scores += self.hidden
         attended = torch.softmax(scores, -1) @ values  # the softmax sums in float32 inside
-        return module.o_proj.weight @ attended.permute(1, 2, 3, 0).reshape(-1, rows)
+        return _linear(module.o_proj, attended.permute(1, 2, 3, 0).reshape(-1, rows))
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer` along the first dimension of (features, B); with its adapter, where it has one that is on."""
+    product = layer.weight @ x
+    if type(layer) is not nn.Linear and not layer.disable_adapters:
+        for name in layer.active_adapters:
+            product.addmm_(layer.lora_B[name].weight, layer.lora_A[name].weight @ x, alpha=layer.scaling[name])
+    return product
 
 
 def _norm(norm: LlamaRMSNorm, x: Tensor) -> Tensor:

@@ -1,0 +1,170 @@
+"""train_ppo with adapters: one set of weights is policy, reference and reward model, and resumes to the same bytes."""
+
+import copy
+import os
+import signal
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from stages import train_ppo
+from stages.lib.model import loading
+from stages.lib.model.adapters import Lora
+from stages.lib.model.frozen_side import FrozenSide
+from stages.lib.model.logps import read_answers
+from stages.lib.model.memory import MemoryDial
+from stages.lib.model.reward import load_reward_model
+from stages.lib.rl.rollout import Actor
+from stages.lib.run.artefacts import read_json
+from stages.lib.run.checkpoints import Stopped
+from tests.support import fp16_on_cpu
+from tests.test_train_ppo import (
+    BASE,
+    PARAMS,
+    RLOO,
+    looks_of,
+    looks_score,
+    make_policy,
+    metrics_of,
+    run,
+    save_model,
+    write_project,
+)
+
+ADAPTERS = {"lora": Lora(rank=4, alpha=8.0, dropout=0.0, targets="all-linear"), "learning_rate": 1e-2}
+LORA = PARAMS.replace(**ADAPTERS)
+
+
+@pytest.fixture
+def root(tmp_path, tokenizer):
+    return write_project(tmp_path, tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch):
+    monkeypatch.setenv("DEVICE", "cpu")
+
+
+def weights_of(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def bytes_of(root) -> dict[str, bytes]:
+    names = [*root.glob("models/ppo/**/*.safetensors"), *root.glob("reports/train_ppo/*.csv")]
+    return {str(path.relative_to(root)): path.read_bytes() for path in names}
+
+
+@pytest.mark.parametrize("policy", ["base", "dpo"])
+def test_it_learns_and_leaves_start_plus_adapter_in_both_forms(root, tokenizer, monkeypatch, policy):
+    dpo = make_policy()
+    with torch.no_grad():
+        dpo.model.layers[0].mlp.up_proj.weight.mul_(1.1)
+    save_model(dpo, tokenizer, root / "models/dpo")
+    before = (root / f"models/{policy}/model.safetensors").read_bytes()
+    looks_score(monkeypatch, (0.0, 9.0, 30.0))
+    rows = run(root, LORA.replace(policy=policy))
+    assert rows[0]["val/first_ratio_error"] <= 1e-5 and abs(rows[0]["objective/kl"]) <= 1e-4
+    assert abs(rows[2]["objective/kl"]) > 1e-3 and metrics_of(root)["kept_update"] == 3
+    assert (root / f"models/{policy}/model.safetensors").read_bytes() == before
+    full, start = weights_of(root / "models/ppo"), weights_of(root / f"models/{policy}")
+    changed = {name for name in start if not torch.equal(full[name], start[name])}
+    assert changed == {name for name in start if "_proj" in name} and full.keys() == start.keys()
+    assert {weight.dtype for weight in full.values()} == {torch.float32}
+    monkeypatch.chdir(root)  # the adapter names its start by a path
+    settings = read_json(root / "models/ppo/adapter/adapter_config.json")
+    assert settings["base_model_name_or_path"] == f"models/{policy}" and settings["r"] == 4
+    by_peft = AutoPeftModelForCausalLM.from_pretrained("models/ppo/adapter", dtype=torch.float32)
+    for name, weight in by_peft.merge_and_unload().state_dict().items():
+        assert torch.equal(weight, full[name]), name
+
+
+def test_the_start_is_kept_as_it_is_where_nothing_was_better(root, monkeypatch):
+    looks_score(monkeypatch, (0.0, -9.0, -9.0))
+    run(root, LORA)
+    full, base = weights_of(root / "models/ppo"), weights_of(root / "models/base")
+    assert metrics_of(root)["kept_update"] == 0 and all(torch.equal(full[name], base[name]) for name in base)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_frozen_side_says_all_along_what_base_and_reward_model_say_bit_for_bit(root, monkeypatch, precision):
+    base = loading.load_causal_lm(root / "models/base")
+    own = load_reward_model(root / "models/reward")
+    tokenizer = loading.load_tokenizer(root / "models/reward")
+    alone = FrozenSide(base, own, LORA.temperature, tokenizer, precision, MemoryDial(4096))
+    opinions, differ = FrozenSide.opinions, []
+
+    def compared(self, prompts, responses, **how):
+        found, expected = opinions(self, prompts, responses, **how), opinions(alone, prompts, responses, **how)
+        for name in ("logps", "features", "scores"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        policy = read_answers(self.logps, prompts, responses, 4096, precision)[0]  # with adapters on
+        differ.append(not torch.allclose(policy, expected.logps, atol=1e-3))
+        return found
+
+    monkeypatch.setattr(FrozenSide, "opinions", compared)
+    run(root, LORA.replace(micro_batch_tokens=4096), BASE.replace(precision=precision))
+    assert len(differ) == 6 and not any(differ[:2]) and all(differ[-2:])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_there_is_one_set_of_weights_which_the_sampler_shares(root, monkeypatch, precision):
+    if precision == "fp16":
+        monkeypatch.setattr(loading, "make_accelerator", fp16_on_cpu.make_accelerator)
+    load, loaded, seen = loading.load_causal_lm, [], {}
+    monkeypatch.setattr(loading, "load_causal_lm", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    roll_out = Actor.roll_out
+
+    def watched(self, *args):
+        for name, model in (("policy", self.policy.model), ("sampler", self.sampler)):
+            seen[name] = {key: (w.dtype, w.data_ptr()) for key, w in model.named_parameters() if "_proj" in key}
+        return roll_out(self, *args)
+
+    monkeypatch.setattr(Actor, "roll_out", watched)
+    rows = run(root, LORA, BASE.replace(precision=precision))
+    assert len(loaded) == 1  # the policy; no reference, no value model
+    assert [row["policy/steps"] for row in rows] == [4, 4, 4] and abs(rows[2]["objective/kl"]) > 1e-3
+    half = loading.DTYPES[precision]
+    for key, (dtype, place) in seen["policy"].items():
+        assert dtype == (torch.float32 if "lora_" in key else half), key
+        assert seen["sampler"][key][0] == half and (seen["sampler"][key][1] == place) == ("lora_" not in key), key
+
+
+@pytest.mark.parametrize("kind", ["gae", "rloo"])
+def test_a_stopped_run_goes_on_to_the_same_bytes_from_adapters_alone(root, monkeypatch, kind):
+    params = {"gae": LORA, "rloo": RLOO.replace(**ADAPTERS)}[kind].replace(look_every=1)
+    run(root, params)
+    expected = copy.deepcopy(bytes_of(root))
+    assert len(expected) == 4
+    update, calls = train_ppo.update_policy, []
+
+    def stopping(*args):
+        calls.append(len(calls))
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args)
+
+    monkeypatch.setattr(train_ppo, "update_policy", stopping)
+    with pytest.raises(Stopped):
+        run(root, params)
+    (path,) = root.glob("checkpoints/train_ppo/*/checkpoint.pt")
+    saved = torch.load(path, weights_only=True)
+    for kept in (saved["tracked"]["policy"]["model"], saved["values"]["state"]["best"]["weights"]):
+        assert kept and all("lora_" in name for name in kept)
+    run(root, params)
+    assert len(calls) == 3 and bytes_of(root) == expected
+
+
+def test_a_full_run_leaves_no_adapter_of_an_earlier_one(root):
+    run(root, LORA)
+    assert len(looks_of(root)) == 3 and (root / "models/ppo/adapter").exists()
+    run(root, PARAMS.replace(episodes=8))
+    assert not (root / "models/ppo/adapter").exists()
+
+
+def test_a_value_model_beside_adapters_is_refused_by_both_names():
+    with pytest.raises(ValidationError, match="critic: separate.*lora.rank"):
+        LORA.replace(critic="separate")
+    RLOO.replace(critic="separate", **ADAPTERS)  # has no critic
