@@ -30,7 +30,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardTrainer
 
 from stages.lib.model.adapters import FULL, Lora, add_adapters, save_adapted
-from stages.lib.model.loading import freeze, load_tokenizer, pick_device, pick_precision, save_model, set_seed
+from stages.lib.model.loading import (
+    INITIAL_LOSS_SCALE,
+    freeze,
+    load_tokenizer,
+    pick_device,
+    pick_precision,
+    save_model,
+    set_seed,
+)
 from stages.lib.model.memory import memory_dial
 from stages.lib.model.reward import (
     load_reward_model,
@@ -42,6 +50,7 @@ from stages.lib.model.reward import (
 from stages.lib.model.reward_trainer import HeadOnFeatures, KeepAtRows, OneDevice, collate_features, run_trainer
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.checkpoints import Checkpoints
+from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, MicroBatchTokens, Section
 from stages.lib.run.stage import run_stage
 
@@ -166,7 +175,7 @@ def train_backbone(
     the others, those of its last part weigh more.
 
     Returns, raises:
-        As `train_head`; Stopped where a signal asked for the end.
+        As `train_head`; Stopped where a signal asked for the end; UserError where accelerate lacks the precision.
     """
     device = next(model.parameters()).device
     longest = max(len(ids) for side in SIDES for ids in train[f"{side}_ids"])
@@ -199,6 +208,10 @@ def train_backbone(
         callbacks=[KeepAtRows(checkpoints)],
         optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
     )
+    if trainer.accelerator.native_amp != (precision != "fp32"):
+        raise UserError(f"accelerate has no autocast to {precision} on {device.type}; name another base.precision")
+    if trainer.accelerator.scaler is not None:
+        trainer.accelerator.scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_LOSS_SCALE)
     trainer.create_model_card = lambda *args, **how: None  # TRL writes one into every checkpoint
     assert len(trainer.train_dataset) == len(train) and len(trainer.eval_dataset) == len(heldout)
     return run_trainer(trainer, num_steps_of(params, len(train)), checkpoints)

@@ -22,6 +22,7 @@ from stages.lib.model.reward import load_reward_model, new_reward_model, score_s
 from stages.lib.model.reward_trainer import HeadOnFeatures, KeepAtRows, OneDevice
 from stages.lib.run.artefacts import read_parquet, write_parquet
 from stages.lib.run.checkpoints import Stopped
+from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, load_params
 from stages.train_reward import Params, heldout_figures, main
 from tests.conftest import REPO
@@ -296,6 +297,11 @@ def test_a_stopped_backbone_run_goes_on_to_the_same_bytes(root, monkeypatch, bac
     assert {file: file.read_bytes() for file in sorted(root.glob("models/reward/**/*.safetensors"))} == expected
     assert (root / "reports/train_reward/history.csv").read_bytes() == history
     assert not list(root.glob("checkpoints/train_reward/*/trainer"))
+
+
+def test_fp16_where_accelerate_has_none_is_refused(root):
+    with pytest.raises(UserError, match="accelerate has no autocast to fp16 on cpu"):
+        main(Base(seed=42, precision="fp16"), LORA, root)
 
 
 def test_adapters_need_a_rank():
