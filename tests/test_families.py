@@ -167,6 +167,8 @@ def test_a_family_runs_through_every_stage(tmp_path, tokenizer, family):
     check_reference(root)
     assert 0 < changed(root, "dpo") < len(load_file(root / "models/base/model.safetensors"))
     assert (root / "models/dpo/adapter").is_dir()
+    run(root, "train_reward", "train_ppo")
+    assert changed(root, "reward") == 0 and (root / "models/ppo/adapter").is_dir()
     run(root, "train_reward", train_reward__backbone="lora", train_reward__hard_negatives=False)
     assert changed(root, "reward") > 0
     run(root, "train_ppo", "train_dpo", lora__rank=None, train_reward__backbone="frozen")
