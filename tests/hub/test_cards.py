@@ -109,6 +109,14 @@ def test_the_reward_models_card_says_what_was_trained(root, backbone, words):
     assert ("rank: 8" in method) == (backbone == "lora")
 
 
+def test_ppos_card_says_what_was_trained(root):
+    params = read_params(REPO)
+    params["lora"]["rank"] = 8
+    method = section(render_card("ppo", facts_of(root, params=params), SHA256), "Training")
+    assert "low-rank adapters ([LoRA](https://arxiv.org/abs/2106.09685)) of rank 8 beside it were trained" in method
+    assert "adapters" not in section(render_card("ppo", facts_of(root), SHA256), "Training")
+
+
 def test_the_model_index_holds_the_measured_numbers(root):
     results = {kind: metadata_of(render_card(kind, facts_of(root), SHA256))["model-index"][0] for kind in KINDS}
     assert [entry["name"] for entry in results.values()] == ["course-dpo", "course-reward-model", "course-ppo"]
