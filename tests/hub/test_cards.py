@@ -113,7 +113,9 @@ def test_ppos_card_says_what_was_trained(root):
     params = read_params(REPO)
     params["lora"]["rank"] = 8
     method = section(render_card("ppo", facts_of(root, params=params), SHA256), "Training")
-    assert "low-rank adapters ([LoRA](https://arxiv.org/abs/2106.09685)) of rank 8 beside it were trained" in method
+    assert (
+        "low-rank adapters ([LoRA](https://arxiv.org/abs/2106.09685)) of rank 8 beside it were trained" in method
+    )
     assert "adapters" not in section(render_card("ppo", facts_of(root), SHA256), "Training")
 
 
