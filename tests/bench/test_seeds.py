@@ -20,3 +20,24 @@ def test_a_row_holds_the_scorecards_own_figures():
     assert dpo["win_rate_low"] == pytest.approx(float(cells["dpo", "sampled", "win_rate"]["low"]))
     assert ppo["greedy_rep_4_change"] == pytest.approx(float(cells["ppo", "greedy", "rep_4"]["change"]))
     assert ppo["score_change_high"] == pytest.approx(float(cells["ppo", "sampled", "score"]["change_high"]))
+
+
+def test_the_committed_table_is_what_the_readmes_say_of_it():
+    with open(seeds.RESULT) as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["seed"], row["model"]) for row in rows] == [
+        (s, m) for s in ("42", "1", "2") for m in ("dpo", "ppo")
+    ]
+    # "two more seeds ended in the same verdicts", "all six are better by the judge, at a KL of about 3 to 4"
+    assert {row["verdict"] for row in rows} == {"better"} and min(float(row["win_rate_low"]) for row in rows) > 0.5
+    assert all(2.5 < float(row["kl"]) < 4.5 for row in rows)
+    recipes = (REPO / "recipes/README.md").read_text(encoding="utf-8")
+    for row in rows:
+        judge = "{:.0f} % [{:.0f}, {:.0f}]".format(
+            *(100 * float(row["win_rate" + end]) for end in ("", "_low", "_high"))
+        )
+        loops = "{:+.2f} [{:+.2f}, {:+.2f}]".format(
+            *(float(row["greedy_rep_4_change" + end]) for end in ("", "_low", "_high"))
+        )
+        beginning = f"| {row['seed']} | {row['model'].upper()} | {row['verdict']} | {judge} |"
+        assert any(line.startswith(beginning) and f"| {loops} |" in line for line in recipes.splitlines())
