@@ -33,19 +33,6 @@ CHATML = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `--dist loadgroup` a file stays in one process, and all that reads the smoke run in one, which begins."""
-    groups = {item: "smoke" if _reads_smoke_run(item) else item.nodeid.split("::")[0] for item in items}
-    items.sort(key=lambda item: groups[item] != "smoke")
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
-def _reads_smoke_run(item: pytest.Item) -> bool:
-    return "smoke_project" in getattr(item, "fixturenames", ())
-
-
 @pytest.fixture(autouse=True)
 def _process_as_at_its_start():
     torch.set_num_threads(1)  # tiny models gain nothing from more, and tests may run beside other work
