@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,17 @@ settings.load_profile("project")
 
 REPO = Path(__file__).resolve().parent.parent
 PLANTED_TOKEN = "hf_" + "PlantedByTheTests"  # in the environment of the smoke run, and to be in none of its files
+
+#: sizes of the tiny models; the vocabulary is the tiny tokenizer's
+TINY: dict[str, Any] = dict(
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
 
 # SmolLM2's template: a default system message, and every turn ends in <|im_end|> and a newline
 CHATML = (
@@ -96,14 +108,8 @@ def tiny_model(tokenizer) -> LlamaForCausalLM:
     """A random Llama shaped like SmolLM (2 layers, 4 heads over 2 KV heads, tied embeddings), fp32, eval."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **TINY,
         max_position_embeddings=2048,
-        tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

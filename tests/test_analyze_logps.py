@@ -18,12 +18,14 @@ from stages.lib.model.logps import completion_logps, get_log_prob
 from stages.lib.run.artefacts import write_parquet
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
+from tests.conftest import TINY
 from tests.support import short_of_memory
 
 BASE = Base(seed=3, precision="fp32")
 PARAMS = Params(
     max_train_pairs=10, max_unseen_texts=4, micro_batch_tokens=2048, bootstrap_samples=50, confidence=0.9
 )
+
 SIZES = {"train": 14, "heldout": 6}
 
 
@@ -34,15 +36,7 @@ def prepared(tokenizer, embedded_pairs, tmp_path_factory):
 
     root = tmp_path_factory.mktemp("root")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
+    config = LlamaConfig(**TINY)
     model = AutoModelForCausalLM.from_config(config).eval()
     for name in ("base", "dpo", "ppo"):
         model.save_pretrained(root / "models" / name)

@@ -25,20 +25,11 @@ from stages.lib.model.logps import get_log_prob
 from stages.lib.run.artefacts import read_parquet, read_rows
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, load_params
-from tests.conftest import REPO
+from tests.conftest import REPO, TINY
 from tests.support.sections import class_of
 
 BASE = Base(seed=42, precision="fp32")
-SIZES: dict[str, Any] = dict(
-    vocab_size=512,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    tie_word_embeddings=True,
-)
+SIZES = TINY | {"max_position_embeddings": 512}
 LLAMA_3 = {
     "rope_type": "llama3",
     "rope_theta": 5e5,

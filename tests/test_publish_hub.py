@@ -434,6 +434,20 @@ def test_a_fault_in_the_middle_leaves_a_message_an_exit_status_and_no_receipt(ro
 # what others get
 
 
+def printed_by(script: str, codes: list[str], hub: HubServer, folder: Path) -> str:
+    """What `script` prints of the snippets `codes`, in an empty folder with an empty cache."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(codes)],
+        cwd=folder,
+        env=os.environ | hub.env(home=folder / "home"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_usage_snippets_run_as_printed_and_say_what_the_local_models_say(published, tmp_path):
     """Each in an empty folder with an empty cache; one process for all three, to load the libraries once."""
     root, hub = published
@@ -441,16 +455,8 @@ def test_the_usage_snippets_run_as_printed_and_say_what_the_local_models_say(pub
     snippets = {kind: re.findall(r"```python\n(.*?)```", card, re.DOTALL) for kind, card in cards.items()}
     script = "import json, sys\nfor code in json.loads(sys.argv[1]):\n    print('=====')\n    exec(code, {})\n"
     codes = [code.replace("max_new_tokens=256", "max_new_tokens=24") for (code,) in snippets.values()]
-    done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(codes)],
-        cwd=tmp_path,
-        env=os.environ | hub.env(home=tmp_path / "home"),
-        capture_output=True,
-        text=True,
-        timeout=90,
-    )
-    assert done.returncode == 0, done.stderr
-    printed = dict(zip(snippets, done.stdout.split("=====\n")[1:], strict=True))
+    output = printed_by(script, codes, hub, tmp_path)
+    printed = dict(zip(snippets, output.split("=====\n")[1:], strict=True))
     for kind in ("dpo", "ppo"):
         tokenizer = AutoTokenizer.from_pretrained(root / f"models/{kind}")
         answer = tokenizer.decode(greedy(root / f"models/{kind}"), skip_special_tokens=True)
@@ -638,16 +644,7 @@ def test_an_adapter_loads_as_its_card_says(adapted_root, hub, tmp_path, alone):
         codes.append(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[-1].replace("=256", "=4"))
         assert "AutoPeftModelForCausalLM" in codes[-1]
     assert "model.safetensors" in hub.tree(f"tester/{NAMES['reward']}")
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, json.dumps(codes)],
-        cwd=tmp_path,
-        env=os.environ | hub.env(home=tmp_path / "home"),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    found = re.findall(r"===== (.*)", done.stdout)
+    found = re.findall(r"===== (.*)", printed_by(LOAD, codes, hub, tmp_path))
     for kind, logits in zip(("dpo", "ppo"), found, strict=True):
         expected = load_causal_lm(root / f"models/{kind}")(torch.arange(20)[None]).logits[0, -1]
         torch.testing.assert_close(torch.tensor(json.loads(logits)), expected, rtol=0, atol=1e-4)

@@ -32,6 +32,7 @@ from tests.conftest import REPO
 from tests.support import fp16_on_cpu, short_of_memory
 from tests.support.corrupted_tables import write_judge_prompts, write_negatives
 from tests.support.fake_gpu import OnGpu, on_gpu
+from tests.support.two_processes import TORCHRUN, run_in_two
 
 BASE = Base(seed=42, precision="fp32")
 PARAMS = train_dpo.Params(
@@ -431,21 +432,13 @@ base = BASE.replace(precision=precision)
 train_dpo.main(base, PARAMS.replace(learning_rate=5e-5), Path(root))
 """
 LAUNCHERS = {
-    "ddp": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-    "fsdp": ["accelerate.commands.launch", "--config_file", "recipes/fsdp.yaml"],
+    "ddp": TORCHRUN,
+    "fsdp": ("accelerate.commands.launch", "--config_file", "recipes/fsdp.yaml"),
 }
 
 
 def in_two_processes(project: Path, precision: str, launcher: str) -> list[dict[str, float]]:
-    script = project / "script.py"
-    script.write_text(SCRIPT)
-    subprocess.run(
-        [sys.executable, "-m", *LAUNCHERS[launcher], str(script), str(project), precision, launcher],
-        check=True,
-        timeout=120,
-        cwd=REPO,
-        env=os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "DEVICE": "cpu"},
-    )
+    run_in_two(SCRIPT, project, precision, launcher, launcher=LAUNCHERS[launcher], timeout=120)
     return history_of(project)
 
 

@@ -3,8 +3,6 @@
 import math
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,8 +16,8 @@ from stages.lib.model.adapters import Lora
 from stages.lib.run.artefacts import read_parquet
 from stages.lib.run.checkpoints import Stopped
 from stages.lib.run.params import Base
-from tests.conftest import REPO
 from tests.support import fp16_on_cpu
+from tests.support.two_processes import run_in_two
 from tests.test_train_dpo import BASE, PARAMS, history_of, write_project
 
 LORA = PARAMS.replace(
@@ -152,12 +150,7 @@ train_dpo.main(BASE, LORA, Path(sys.argv[1]))
 @pytest.mark.slow
 def test_two_processes_train_as_one(project):
     single, weights = run(project), weights_of(project / "models/dpo")
-    script = project / "script.py"
-    script.write_text(SCRIPT)
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "DEVICE": "cpu"}
-    command = [sys.executable, "-m", *launch, str(script), str(project)]
-    subprocess.run(command, check=True, timeout=300, cwd=REPO, env=environment)
+    run_in_two(SCRIPT, project)
     for one, two in zip(single, history_of(project), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)

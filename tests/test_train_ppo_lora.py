@@ -3,8 +3,6 @@
 import copy
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,8 +20,8 @@ from stages.lib.model.reward import load_reward_model
 from stages.lib.rl.rollout import Actor
 from stages.lib.run.artefacts import read_json
 from stages.lib.run.checkpoints import Stopped
-from tests.conftest import REPO
 from tests.support import fp16_on_cpu
+from tests.support.two_processes import run_in_two
 from tests.test_train_ppo import (
     BASE,
     PARAMS,
@@ -186,12 +184,7 @@ train_ppo.main(BASE, LORA, Path(sys.argv[1]))
 @pytest.mark.slow
 def test_two_processes_train_as_one(root):
     single, weights = run(root, LORA), weights_of(root / "models/ppo")
-    script = root / "script.py"
-    script.write_text(SCRIPT)
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "DEVICE": "cpu"}
-    command = [sys.executable, "-m", *launch, str(script), str(root)]
-    subprocess.run(command, check=True, timeout=300, cwd=REPO, env=environment)
+    run_in_two(SCRIPT, root)
     for one, two in zip(single, history_of(root), strict=True):
         assert one == pytest.approx(two, abs=1e-4, rel=1e-3)
     for name, weight in weights_of(root / "models/ppo").items():
