@@ -20,6 +20,9 @@ NVIDIA := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg)
 GPU_BASE ?= models/base
 GPU_PAIRS ?= data/pairs_embedded.jsonl
 
+# tests run abreast, one process a core; tests/conftest.py says which stay together
+ABREAST ?= -n logical --maxprocesses 4
+
 .PHONY: repro test test-all lint deps install python lock check-hub bench-dpo bench-ppo bench-generate gpu-check torch-build
 
 repro: install
@@ -27,10 +30,10 @@ repro: install
 	$(BIN)/dvc repro
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ABREAST)
 
 test-all: install
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest $(ABREAST) -m "not gpu"
 
 lint: install
 	$(BIN)/python -m ruff check .

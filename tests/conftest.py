@@ -44,6 +44,22 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+#: they read the smoke run, which is made once
+SMOKE_FILES = ("tests/test_pipeline.py", "tests/test_security.py", "tests/test_workflow.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`pytest -n`: what a file has made stays in its process, and the files that read the smoke run are in one."""
+    from xdist.scheduler import LoadFileScheduling  # not there where the tests run without it
+
+    class FilesTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "smoke" if file in SMOKE_FILES else file
+
+    return FilesTogether(config, log)
+
 
 @pytest.fixture(autouse=True)
 def _process_as_at_its_start():

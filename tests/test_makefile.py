@@ -128,7 +128,7 @@ def test_make_says_what_it_is_about_to_download(tmp_path, arguments, said):
 
 
 def test_gpu_check_asks_for_what_benchmarks_and_recipe_have():
-    command = ["make", "-n", "gpu-check", f"STOCK={sys.prefix}"]
+    command = ["make", "-n", "--no-print-directory", "gpu-check", f"STOCK={sys.prefix}"]
     lines = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout.splitlines()
     asked = {line.split()[2]: line.split()[3:] for line in lines if " -m bench." in line}
     parsers = {"bench.bench_dpo": bench_dpo, "bench.bench_ppo": bench_ppo, "bench.bench_generate": bench_generate}

@@ -1,8 +1,11 @@
 """What each room of stages/lib may import: the house has a ground floor, and nobody looks up the stairs."""
 
+import re
+from pathlib import Path
+
 import pytest
 
-from tests.conftest import REPO
+from tests.conftest import REPO, SMOKE_FILES
 from tests.test_pipeline import imports_of
 
 MAY_IMPORT = {  # CONTRIBUTING.md draws this
@@ -37,3 +40,9 @@ def test_contributing_says_the_same():
         (line,) = [line for line in text.splitlines() if line.startswith(f"| `{room}/` |")]
         said = line.rstrip(" |").rsplit("|", 1)[1].strip()
         assert said == (", ".join(sorted(may, key=list(MAY_IMPORT).index)) or "nothing"), room
+
+
+def test_the_files_that_read_the_smoke_run_are_in_one_process():
+    tests = {path: path.read_text(encoding="utf-8") for path in (REPO / "tests").rglob("test_*.py")}
+    readers = {path.name for path, text in tests.items() if re.search(r"def \w+\([^)]*\bsmoke_project\b", text)}
+    assert readers == {Path(name).name for name in SMOKE_FILES}
