@@ -22,6 +22,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     tokenizer = load_tokenizer(Path(spec["base"]))
     tokenizer.eos_token = tokenizer.pad_token  # which is never sampled: no answer ends
     model = in_precision(load_causal_lm(Path(spec["base"]), device), precision)
+    model.generation_config.eos_token_id = None  # transformers takes the model's where the caller's is None
     rows = read_pairs(REPO / "data/pairs_embedded.jsonl", max(spec["rows"]))
     prompts = [
         tokenizer.apply_chat_template(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from bench import bench_generate
 from bench.measure import in_fresh_process
@@ -34,6 +35,7 @@ def test_reading_is_no_faster_than_memory_can_be():
 
 @pytest.mark.parametrize("side", bench_generate.SIDES)
 def test_each_side_makes_as_many_tokens(side, tiny_base):
+    GenerationConfig(eos_token_id=list(range(1, 512)), pad_token_id=0).save_pretrained(tiny_base / "models/base")
     spec = {"device": "cpu", "base": str(tiny_base / "models/base"), "precision": "fp32"}
     result = in_fresh_process("bench.generate_side", spec | {"side": side, "rows": [1, 3], "tokens": 6})
     assert set(result["seconds"]) == {"1", "3"} and min(result["seconds"].values()) > 0
