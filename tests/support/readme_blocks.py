@@ -85,12 +85,11 @@ def cell(row: dict[str, str], digits: int, as_percentage: bool) -> str:
 
 def answers(read: Read) -> str:
     sample = json.loads(read("reports/sample_responses/samples.json"))[1]
-    lines = [f"| | {plain(sample['prompt'])} |", "|---|---|"]
+    lines = [f"| {plain(sample['prompt'])} | base | DPO | PPO |", "|---|---|---|---|"]
     for decoding in ("greedy", "sampled"):
-        for model in ("base", "dpo", "ppo"):
-            text = plain(sample["answers"][model][decoding])
-            text = text if len(text) <= LONGEST else text[:LONGEST].rstrip() + " …"
-            lines.append(f"| {COLUMNS[model]}, {decoding} | {text} |")
+        texts = [plain(sample["answers"][model][decoding]) for model in ("base", "dpo", "ppo")]
+        short = [text if len(text) <= LONGEST else text[:LONGEST].rstrip() + " …" for text in texts]
+        lines.append(f"| {decoding} | " + " | ".join(short) + " |")
     return "\n".join(lines)
 
 
