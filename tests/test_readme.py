@@ -95,4 +95,4 @@ def test_every_stage_recipe_and_file_it_names_is_there():
 
 
 def test_it_is_short():
-    assert len(LINES) <= 150  # what is for later readers goes to CONTRIBUTING.md or recipes/README.md
+    assert len(LINES) <= 165  # what is for later readers goes to CONTRIBUTING.md or recipes/README.md

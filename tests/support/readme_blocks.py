@@ -30,6 +30,7 @@ ROWS = (  # measure, decoding, label, digits, as a percentage
     ("asks_back", "sampled", "asks back", 0, True),
 )
 NOT_RUN = "\N{EM DASH}"  # of a stage that is newer than the committed run
+REAL = "bench/results/human_like"  # reports of the run on real pairs, without their texts
 LONGEST = 300  # characters of an answer that is shown
 
 Read = Callable[[str], str | None]  # a file's text by its path from the root; None where it is not there
@@ -38,20 +39,21 @@ Read = Callable[[str], str | None]  # a file's text by its path from the root; N
 def blocks(read: Read) -> dict[str, str]:
     """The text of every block by name."""
     return {
-        "verdicts": verdicts(read),
-        "scorecard": scorecard(read),
+        "verdicts": verdicts(read, "reports"),
+        "scorecard": scorecard(read, "reports"),
+        "real": f"{verdicts(read, REAL)}\n\n{scorecard(read, REAL)}",
         "answers": answers(read),
         "likelier": likelier(read),
         "stages": stages(read),
     }
 
 
-def verdicts(read: Read) -> str:
-    found = json.loads(read("reports/score_responses/verdicts.json"))
+def verdicts(read: Read, reports: str) -> str:
+    found = json.loads(read(f"{reports}/score_responses/verdicts.json"))
     lines = [
         f"- **{COLUMNS[model]}: {each['word']}**: {'; '.join(each['reasons'])}." for model, each in found.items()
     ]
-    table = csv.DictReader(StringIO(read("reports/score_responses/scorecard.csv")))
+    table = csv.DictReader(StringIO(read(f"{reports}/score_responses/scorecard.csv")))
     for row in table:
         if (row["model"], row["measure"]) == ("ppo", "objective"):
             change, low, high = (f"{float(row[name]):+.2f}" for name in ("change", "change_low", "change_high"))
@@ -61,10 +63,10 @@ def verdicts(read: Read) -> str:
     return "\n".join(lines)
 
 
-def scorecard(read: Read) -> str:
-    table = list(csv.DictReader(StringIO(read("reports/score_responses/scorecard.csv"))))
+def scorecard(read: Read, reports: str) -> str:
+    table = list(csv.DictReader(StringIO(read(f"{reports}/score_responses/scorecard.csv"))))
     found = {(row["model"], row["decoding"], row["measure"]): row for row in table}
-    limit = json.loads(read("reports/sample_responses/metrics.json"))["max_new_tokens"]
+    limit = json.loads(read(f"{reports}/sample_responses/metrics.json"))["max_new_tokens"]
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
     for measure, decoding, label, digits, as_percentage in ROWS:
         cells = []
