@@ -25,7 +25,6 @@ BASE = Base(seed=3, precision="fp32")
 PARAMS = Params(
     max_train_pairs=10, max_unseen_texts=4, micro_batch_tokens=2048, bootstrap_samples=50, confidence=0.9
 )
-
 SIZES = {"train": 14, "heldout": 6}
 
 
