@@ -216,7 +216,7 @@ def test_carriage_returns_alone_end_lines(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", gzip.compress(b"{}"), "compressed by gzip; let its name end in .gz"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "compressed by gzip; let its name end in .gz"),
         ("a.jsonl", b"PK\x03\x04", "a zip archive or a spreadsheet"),
         ("a.csv", b"PAR1", "a parquet file"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
