@@ -23,7 +23,7 @@ GPU_PAIRS ?= data/pairs_embedded.jsonl
 # tests run abreast, one process a core; tests/conftest.py says which stay together
 ABREAST ?= -n logical --maxprocesses 4
 
-.PHONY: repro test test-all lint deps install python lock check-hub bench-dpo bench-ppo bench-generate gpu-check torch-build
+.PHONY: repro test test-all lint deps install python lock check-hub bench-dpo bench-ppo bench-lora bench-generate gpu-check torch-build
 
 repro: install
 	$(BIN)/python -m stages.check_paths
@@ -53,6 +53,10 @@ bench-dpo: install
 bench-ppo: install $(STOCK)/.installed
 	$(BIN)/python -m bench.bench_ppo --stock-python $(STOCK)/bin/python
 	$(BIN)/python -m bench.bench_ppo --stock-python $(STOCK)/bin/python --shapes defaults
+
+bench-lora: install
+	$(BIN)/python -m bench.bench_lora
+	$(BIN)/python -m bench.one_step
 
 bench-generate: install
 	$(BIN)/python -m bench.bench_generate

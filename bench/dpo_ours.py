@@ -108,6 +108,7 @@ def measure_training(spec: dict[str, Any], base: Base, root: Path, device: torch
         "losses": losses,
         "precision": watch.seen(),
         "peak_memory_mb": peak,
+        "whole_peak_memory_mb": peak_mb(device),
     }
 
 

@@ -94,6 +94,11 @@ def matmul_limit(
     return flops / seconds
 
 
+def _without_folder(argument: str) -> str:
+    """An absolute path's last part: the folders of a machine are no part of a result."""
+    return Path(argument).name if argument.startswith("/") else argument
+
+
 def circumstances(device: torch.device) -> dict[str, Any]:
     """Machine, versions, revision, date and command of this run, for the result file."""
     record = run_record(1.0, {})
@@ -106,5 +111,5 @@ def circumstances(device: torch.device) -> dict[str, Any]:
         "git_revision": record["git_revision"],
         "versions": record["versions"],
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": " ".join(["python -m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", f"bench.{Path(sys.argv[0]).stem}", *map(_without_folder, sys.argv[1:])]),
     }

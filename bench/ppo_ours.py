@@ -128,6 +128,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         "eos": [int(row["val/num_eos_tokens"]) for row in history],
         "precision": {name: seen for name, watch in watches.items() if (seen := watch.seen())},
         "peak_memory_mb": peak,
+        "whole_peak_memory_mb": peak_mb(device),
     }
 
 

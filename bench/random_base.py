@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -38,7 +39,19 @@ def smollm2_135m(**changes: int) -> LlamaConfig:
     )
 
 
-def write_random_base(folder: Path, config: LlamaConfig, texts: Iterable[str], seed: int = 0) -> None:
+#: what is other in SmolLM2-1.7B
+SMOLLM2_1_7B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
+
+
+def write_random_base(
+    folder: Path, config: LlamaConfig, texts: Iterable[str], seed: int = 0, dtype: torch.dtype = torch.float32
+) -> None:
     """Random weights of `config`'s sizes, and byte-level BPE learnt from `texts` with a ChatML template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,5 +67,5 @@ def write_random_base(folder: Path, config: LlamaConfig, texts: Iterable[str], s
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=pad, bos_token=bos, eos_token=eos)
     tokenizer.chat_template = CHAT_TEMPLATE
     set_seed(seed)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

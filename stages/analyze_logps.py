@@ -2,6 +2,7 @@
 
 Reads   data/tokenized/pairs_{train,heldout}.parquet, unseen.parquet   the texts as token ids
         data/reference_logps                        base's log-probs of the pairs, computed once
+        data/dpo_pairs.parquet                      which training pairs DPO met
         models/base, models/dpo, models/ppo
         data/pairs/heldout.parquet                  texts, for the one-feature rankers
         reports/train_dpo/{history,heldout}.csv, reports/train_reward/heldout_scores.csv
@@ -40,6 +41,7 @@ from stages.lib.run.artefacts import (
     write_parquet,
 )
 from stages.lib.run.draws import draw
+from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, MicroBatchTokens, Section
 from stages.lib.run.stage import run_stage
 
@@ -48,7 +50,7 @@ MEASURED = ("train_dpo/history.csv", "train_dpo/heldout.csv", "train_reward/held
 
 
 class Params(Section):
-    max_train_pairs: int | None = Field(ge=1)  # training pairs drawn by seed; null: all
+    max_train_pairs: int | None = Field(ge=1)  # of the training pairs that DPO met, drawn by seed; null: all
     max_unseen_texts: int | None = Field(ge=1)  # unseen texts drawn by seed; null: all
     micro_batch_tokens: MicroBatchTokens  # memory dial: tokens per forward pass
     bootstrap_samples: int = Field(ge=1)  # resamples of prompts for each interval
@@ -98,12 +100,21 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
 def collect_texts(
     root: Path, max_train_pairs: int | None, max_unseen_texts: int | None, seed: int
 ) -> pd.DataFrame:
-    """A row per text: group, row, prompt_id, prompt_ids, completion_ids, tokens, base_logp where it is known."""
+    """A row per text: group, row, prompt_id, prompt_ids, completion_ids, tokens, base_logp where it is known.
+
+    Raises:
+        UserError: DPO was trained on no pair, only on corrupted copies.
+    """
     tables = []
     for split in ("train", "heldout"):
         pairs = pd.DataFrame(read_parquet(root / f"data/tokenized/pairs_{split}.parquet"))
         reference = pd.DataFrame(read_reference_logps(root, split))
         if split == "train":
+            pairs = pairs[pairs["row"].isin(read_parquet(root / "data/dpo_pairs.parquet")["row"])]
+            if pairs.empty:
+                raise UserError(
+                    "DPO met no pair itself, only corrupted copies: raise train_dpo.max_steps or batch_size"
+                )
             pairs = pairs.iloc[draw(len(pairs), max_train_pairs, seed, "analysed_pairs")]
         pairs = pairs.merge(reference, on=["row", "prompt_id"], validate="one_to_one")
         for side in ("chosen", "rejected"):
@@ -137,7 +148,8 @@ def write_answer(root: Path, texts: pd.DataFrame, estimates: dict, confidence: f
     sizes = texts["group"].value_counts().to_dict()
     groups = {"train_pairs": "train_chosen", "heldout_pairs": "heldout_chosen", "unseen_texts": "unseen"}
     metrics: dict = {name: int(sizes[group]) for name, group in groups.items()}
-    text = answer(estimates, metrics, confidence)
+    met = len(read_parquet(root / "data/dpo_pairs.parquet")["row"])
+    text = answer(estimates, metrics | {"met_pairs": met}, confidence)
     for name, intervals in estimates.items():
         metrics[name] = {k: v for key, interval in intervals.items() for k, v in interval.as_metrics(key).items()}
     write_json(root / REPORTS / "metrics.json", round_floats(metrics))

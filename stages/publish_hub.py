@@ -197,7 +197,9 @@ def push(account: Account, folders: dict[Kind, Path], facts: Facts, replace: boo
         if not replace:
             require_own(account.api, repo_id, RUN)
         message = f"Publish {folder.name}"
-        commits[folder.name] = publish_repository(account.api, repo_id, folder, facts.private[kind], message)
+        commits[folder.name] = publish_repository(
+            account.api, repo_id, folder, facts.private[kind], message, facts.hides_texts(kind)
+        )
         notes[repo_id] = NOTES[kind]
         print(f"published {repo_id} at commit {commits[folder.name]}")
     private = all(facts.private.values())  # a private model in a public collection stays hidden from others

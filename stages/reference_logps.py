@@ -1,6 +1,6 @@
 """Compute the frozen base's log-prob of every chosen and rejected completion, once.
 
-Reads   models/base, data/tokenized/pairs_{train,heldout}.parquet
+Reads   models/base, data/tokenized/pairs_{train,heldout,negatives}.parquet
 Writes  data/reference_logps                   summed log-probs per row, and what they were computed from
         reports/reference_logps/metrics.json   counts and mean log-probs
         reports/reference_logps/run.json       seconds, tokens/s, memory, versions

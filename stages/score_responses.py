@@ -77,17 +77,21 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     preferred = preferred_answers(root, limits["max_new_tokens"])
     answers = pd.concat([read_table(root / "data/answers.parquet"), preferred], ignore_index=True)
     several = read_table(root / "data/base_answers.parquet")
+    ppo = read_json(root / "reports/train_ppo/metrics.json")
     courses = {name: read_table(root / f"data/courses/{name}.parquet") for name in TRAINED}
+    courses["ppo"] = seen_from_base(courses["ppo"], ppo, limits["temperature"])
     tables = [answers.assign(read=True), several, *courses.values()]
     scored, tokens = score(root, tables, limits["temperature"], params.micro_batch_tokens, device, precision)
     answers, several, *looks = scored
-    courses = dict(zip(courses, looks, strict=True))
+    courses = {
+        name: look.assign(ref_logp=look["base_logp"]) if "read" in look else look
+        for name, look in zip(courses, looks, strict=True)
+    }
     of_base = answers["model"] == "base"
     answers["logp"] = answers["logp"].where(~of_base, answers["base_logp"])
     answers["entropy"] = answers["entropy"].where(~of_base, answers["base_entropy"])
 
     # 2. the scorecard and the verdicts
-    ppo = read_json(root / "reports/train_ppo/metrics.json")
     answers["objective"] = objective(answers, ppo)
     rows = round_floats(scorecard(answers, how))
     ranges = preferred_ranges(answers, how)
@@ -130,6 +134,22 @@ def preferred_answers(root: Path, limit: int) -> pd.DataFrame:
     table["ended"] = [each[-1] == eos for each in ids]
     table[["logp", "entropy"]] = np.nan
     return table.assign(model=CHOSEN, decoding="data", split="heldout")
+
+
+def seen_from_base(course: pd.DataFrame, ppo: dict, temperature: float) -> pd.DataFrame:
+    """PPO's course, to be read by the base where PPO started from another model, which is what `ref_logp` is of.
+
+    None of it where the base's log-probs will be of another temperature than the course's.
+    """
+    if ppo["policy"] == "base":
+        return course
+    if ppo["temperature"] != temperature:
+        print(
+            f"PPO's course is left out of the frontier: it was sampled at temperature {ppo['temperature']}, and KL to "
+            f"the base is of sample_responses.temperature, {temperature}"
+        )
+        return course.iloc[:0]
+    return course.assign(read=True)
 
 
 def score(

@@ -1,12 +1,13 @@
 """Train the policy with DPO (arXiv:2305.18290) against the frozen base.
 
-Reads   models/base, data/tokenized/pairs_{train,heldout}.parquet, data/reference_logps
+Reads   models/base, data/tokenized/pairs_{train,heldout,negatives}.parquet, data/reference_logps
         data/tokenized/prompts_judge.parquet    looked at during training, and never trained on
 Writes  models/dpo                          policy weights and tokenizer; with lora.rank also adapter/, merged into them
         data/courses/dpo.parquet            the answers to the judge's prompts at every look
+        data/dpo_pairs.parquet              rows of the training pairs that it was trained on, corrupted copies apart
         reports/train_dpo/history.csv       one row per optimizer step
         reports/train_dpo/heldout.csv       one row per evaluation on held-out pairs
-        reports/train_dpo/metrics.json      held-out numbers after the last step
+        reports/train_dpo/metrics.json      held-out numbers after the last step, and how many pairs were met
         reports/train_dpo/run.json          seconds, tokens/s, memory, versions
 
 Run     dvc repro train_dpo                 (untracked: python -m stages.train_dpo)
@@ -36,7 +37,6 @@ from stages.lib.model.adapters import (
 )
 from stages.lib.model.attention import use_packed_attention
 from stages.lib.model.loading import (
-    freeze,
     load_causal_lm,
     load_tokenizer,
     make_accelerator,
@@ -52,7 +52,7 @@ from stages.lib.rl.dpo import dpo_losses, implicit_rewards, ipo_losses, sft_loss
 from stages.lib.rl.learner import Learner, NotFinite
 from stages.lib.rl.looks import Course, babbles, habits
 from stages.lib.rl.rollout import Actor
-from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
+from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json, write_parquet
 from stages.lib.run.checkpoints import Checkpoints
 from stages.lib.run.draws import draw
 from stages.lib.run.errors import UserError
@@ -225,17 +225,22 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         count = round(params.hard_negatives * len(negatives))
         train.extend(negatives, draw(len(negatives), count, base.seed, "hard_negatives"))
     model = load_causal_lm(root / "models/base", accelerator.device)
-    dial = memory_dial(params.micro_batch_tokens, 1536, model, "train_dpo", training=True)
-    reading = memory_dial(max_dial(params.micro_batch_tokens), 4096, model, "train_dpo")
     policy, answering = CompletionLogps(model), TokenLogps(model, params.temperature)
     adapted = add_adapters(model, params.lora, precision) if params.lora.rank else None
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    parts = accelerator.num_processes if sharded else 1
+    dial = memory_dial(params.micro_batch_tokens, 1536, model, "train_dpo", training=True, parts=parts)
+    reading = memory_dial(max_dial(params.micro_batch_tokens), 4096, model, "train_dpo")
     batches = list(batches_of(len(train), params, base.seed))
     num_steps = len(batches)
+    trained_on = {i for _, index in batches for i in index}
+    met = sorted(train.rows[i] for i in trained_on if i < train_pairs)
+    counts = {"train_pairs": train_pairs, "pairs_met": len(met), "hard_negatives": len(train) - train_pairs}
+    counts |= {"hard_negatives_met": len(trained_on) - len(met), "heldout_pairs": len(heldout)}
     schedule = params.schedule, params.warmup_steps, num_steps
     how = params.learning_rate, schedule, params.max_grad_norm, params.weight_decay
     learner = Learner(policy, accelerator, dial, *how)
 
-    sharded = accelerator.distributed_type == DistributedType.FSDP
     actor = None  # sharded, each process holds a part of the model, which cannot sample
     look_prompts: dict[int, list[int]] = {}
     if params.look_steps and not sharded:
@@ -319,20 +324,19 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
 
         weights = accelerator.get_state_dict(learner.module)  # by all processes together: FSDP joins its parts
         if accelerator.is_main_process:
-            if actor:
-                reference = answering
-                if not adapted:
-                    start = load_causal_lm(root / "models/base", accelerator.device)
-                    reference = TokenLogps(freeze(start), params.temperature)
-                with adapters_off(model):
-                    course.compare_with(reference, list(look_prompts.values()), precision)
-            course.write(root / "data/courses/dpo.parquet")
             weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
             if adapted:
-                save_adapted(adapted, weights, root, "models/base", tokenizer, root / "models/dpo")
+                save_adapted(adapted, weights, root / "models/base", tokenizer, root / "models/dpo")
             else:
                 save_model(model, tokenizer, root / "models/dpo", weights)
-            write_reports(root, history, evaluations, train_pairs, len(train) - train_pairs, len(heldout))
+            if actor:
+                if not adapted:  # saved as it is, the model may be the base again
+                    model.load_state_dict(load_causal_lm(root / "models/base").state_dict())
+                with adapters_off(model):
+                    course.compare_with(answering, list(look_prompts.values()), precision, reading)
+            course.write(root / "data/courses/dpo.parquet")
+            write_parquet(root / "data/dpo_pairs.parquet", {"row": met})
+            write_reports(root, history, evaluations, counts)
 
     trained = sum(train.lengths[i] for _, index in batches for i in index)
     tokens = trained + len(evaluations) * sum(heldout.lengths)
@@ -344,16 +348,12 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     }
 
 
-def write_reports(
-    root: Path, history: list[dict], evaluations: list[dict], num_train: int, num_negatives: int, num_heldout: int
-) -> None:
+def write_reports(root: Path, history: list[dict], evaluations: list[dict], counts: dict[str, int]) -> None:
     reports = root / "reports/train_dpo"
     write_history(reports / "history.csv", round_floats(history, 8))
     write_history(reports / "heldout.csv", round_floats(evaluations, 8))
     metrics = {
-        "train_pairs": num_train,
-        "hard_negatives": num_negatives,
-        "heldout_pairs": num_heldout,
+        **counts,
         "steps": len(history),
         "skipped": sum(row["skipped"] for row in history),
         "heldout": {name: value for name, value in evaluations[-1].items() if name != "step"},

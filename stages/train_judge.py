@@ -18,10 +18,11 @@ take length for it either.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
@@ -42,8 +43,8 @@ FOLDS = 5
 
 
 class Params(Section):
-    layers: list[float]  # candidate layers, as shares of the depth
-    strengths: list[float]  # candidate inverse penalties, C
+    layers: list[Annotated[float, Field(gt=0, le=1)]] = Field(min_length=1)  # candidates, as shares of the depth
+    strengths: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)  # candidate inverse penalties, C
     micro_batch_tokens: MicroBatchTokens  # memory dial: tokens per forward pass
 
 

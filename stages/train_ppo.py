@@ -101,6 +101,8 @@ class Params(Section):
             raise ValueError("batch_size must be a multiple of num_mini_batches")
         if self.batch_size % self.answers_per_prompt:
             raise ValueError("batch_size must be a multiple of answers_per_prompt")
+        if self.kl_target is not None and not self.kl_coef:
+            raise ValueError("kl_target adapts kl_coef by factors: with kl_coef 0 it would stay 0")
         if self.advantages == "rloo" and self.answers_per_prompt < 2:
             raise ValueError("advantages: rloo needs answers_per_prompt of at least 2")
         if self.advantages == "gae" and self.num_updates <= self.value_warmup_updates:
@@ -181,7 +183,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         if not params.score_norm_episodes:
             return 0.0, 1.0
         drawn = draw(len(train), params.score_norm_episodes, base.seed, "score_norm_episodes")
-        rollout = judged(actor.roll_out([train[i] for i in drawn], base.seed + 1), frozen)[0].gathered(accelerator)
+        own, _ = judged(actor.roll_out([train[i] for i in drawn], base.seed + 1), frozen)
+        rollout = own.gathered(accelerator)
         return score_scale(rollout.raw_scores)
 
     def scores_of(rollout: Rollout) -> Tensor:
@@ -192,9 +195,12 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     def look(update: int) -> None:
         """Answers the judge's prompts; the policy with the best objective yet, at a KL within max_kl, is kept."""
         with phases("looks"):
-            rollout = judged(actor.roll_out(look_prompts, base.seed), frozen)[0].gathered(accelerator)
+            own, _ = judged(actor.roll_out(look_prompts, base.seed), frozen)
+            rollout = own.gathered(accelerator)
         kl = sum_by_answer(rollout.logps - rollout.ref_logps, rollout.lengths).mean().item()
-        objective = scores_of(rollout).mean().item() - state["kl_coef"] * kl
+        objective = (
+            scores_of(rollout).mean().item() - params.kl_coef * kl
+        )  # one price, whatever kl_target makes of it
         if not math.isfinite(objective):
             raise Collapse(f"the objective is {objective}")
         kept = objective > state["best"]["objective"] and kl <= params.max_kl
@@ -240,7 +246,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
                     own = actor.roll_out(prompts, base.seed + 1 + update)
                 # 2. The frozen side reads every answer once: reference log-probs, score, critic features
                 with phases("frozen side"):
-                    own, features = judged(own, frozen)
+                    own, features = judged(own, frozen, with_features=critic is not None)
                 with phases("critic"):
                     values = critic.values(own, features) if critic else torch.zeros_like(own.logps)
                 rollout = dataclasses.replace(own, values=values).gathered(accelerator)
@@ -296,8 +302,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
             if collapsed or kept < len(history):
                 trained.load_state_dict(state["best"]["weights"] or loading.load_causal_lm(start).state_dict())
             if adapted:
-                of = trained.state_dict(), root, f"models/{params.policy}"
-                save_adapted(adapted, *of, tokenizer, root / "models/ppo")
+                save_adapted(adapted, trained.state_dict(), start, tokenizer, root / "models/ppo")
             else:
                 loading.save_model(policy.model, tokenizer, root / "models/ppo")
             course.write(root / "data/courses/ppo.parquet")
@@ -312,9 +317,9 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     }
 
 
-def judged(rollout: Rollout, frozen: FrozenSide) -> tuple[Rollout, Tensor]:
-    """With reference log-probs and raw scores; and (N, H) the reference's hidden states before the tokens."""
-    said = frozen.opinions(rollout.prompts, rollout.responses, with_features=True)
+def judged(rollout: Rollout, frozen: FrozenSide, with_features: bool = False) -> tuple[Rollout, Tensor]:
+    """With reference log-probs and raw scores; and, if asked for, (N, H) its hidden states before the tokens."""
+    said = frozen.opinions(rollout.prompts, rollout.responses, with_features=with_features)
     return dataclasses.replace(rollout, ref_logps=said.logps, raw_scores=said.scores), said.features
 
 
@@ -425,7 +430,8 @@ def write_reports(root: Path, params: Params, state: dict[str, Any], kept: int, 
         "stopped_early": collapsed,
         "policy": params.policy,
         "missing_eos_penalty": params.missing_eos_penalty,
-        "kl_coef": state["kl_coef"],
+        "kl_coef": params.kl_coef,
+        "temperature": params.temperature,
         "score_mean": state["score_scale"][0],
         "score_std": state["score_scale"][1],
         "objective_start": looks[0]["objective"],

@@ -1,6 +1,6 @@
 """Train the reward model: a linear head on the base, with TRL's RewardTrainer (Bradley-Terry loss).
 
-Reads   models/base, data/tokenized/reward_{train,heldout}.parquet
+Reads   models/base, data/tokenized/reward_{train,heldout}.parquet and reward_negatives_{train,heldout}.parquet
 Writes  models/reward                             AutoModelForSequenceClassification and tokenizer; with
                                                   `backbone: lora` also adapter/, merged into it
         reports/train_reward/history.csv          training and held-out figures, one row per logged step
@@ -17,6 +17,7 @@ backbone that is trained, whole or by adapters, has the ordinary run.
 
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -47,7 +48,14 @@ from stages.lib.model.reward import (
     score_sequences,
     with_fp32_head,
 )
-from stages.lib.model.reward_trainer import HeadOnFeatures, KeepAtRows, OneDevice, collate_features, run_trainer
+from stages.lib.model.reward_trainer import (
+    EndWhenAsked,
+    HeadOnFeatures,
+    KeepAtRows,
+    OneDevice,
+    collate_features,
+    run_trainer,
+)
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.checkpoints import Checkpoints
 from stages.lib.run.errors import UserError
@@ -85,9 +93,7 @@ class Fit:
 
     history: list[dict[str, float]]
     steps: int  # of the optimizer
-    scores: dict[
-        tuple[str, str], Tensor
-    ]  # (N,) of the held-out pairs and their corrupted copies, by table and side
+    scores_of: Callable[[str, str], Tensor]  # (N,) of a table's pairs, by table and side
 
 
 def features_of(
@@ -96,8 +102,8 @@ def features_of(
     params: Params,
     precision: str,
     checkpoints: Checkpoints,
-) -> dict[str, Dataset]:
-    """The pairs of each table with chosen_features and rejected_features (H,) beside their ids.
+) -> tuple[dict[str, Dataset], Tensor]:
+    """The pairs of each table with chosen_features and rejected_features (H,) beside their ids; and all features.
 
     Every different text is read once, a chosen answer being that of its pair and of all copies that lose to it; in
     sorted order, so that those that begin alike meet in a chunk.
@@ -119,7 +125,7 @@ def features_of(
         places = {side: [place_of[tuple(ids)] for ids in sides[split, side]] for side in SIDES}
         read = {f"{side}_features": features[places[side]].numpy() for side in SIDES}
         datasets[split] = Dataset.from_dict(ids | read).with_format("torch")
-    return datasets
+    return datasets, features
 
 
 def train_head(
@@ -129,8 +135,10 @@ def train_head(
     heldout: Dataset,
     params: Params,
     seed: int,
+    checkpoints: Checkpoints,
+    **kept: Tensor,
 ) -> tuple[list[dict[str, float]], int]:
-    """Fits `model.score` in place on the features.
+    """Fits `model.score` in place on the features; stopped, it leaves a checkpoint of what is `kept`.
 
     Returns:
         The history: step, epoch, figures on the training batches since the last row, on held-out pairs (eval_);
@@ -138,6 +146,7 @@ def train_head(
 
     Raises:
         AssertionError: it made another number of steps than `epochs` over the pairs in `batch_size` take.
+        Stopped: a signal asked for the end.
     """
     with tempfile.TemporaryDirectory() as scratch:  # the trainer saves nothing; we do, without its pickle
         settings = trainer_settings(params, seed, len(train), model.device) | dict(
@@ -153,9 +162,10 @@ def train_head(
             train_dataset=train,
             eval_dataset=heldout,
             processing_class=tokenizer,
+            callbacks=[EndWhenAsked(checkpoints)],
         )
         assert len(trainer.train_dataset) == len(train) and len(trainer.eval_dataset) == len(heldout)
-        return run_trainer(trainer, num_steps_of(params, len(train)))
+        return run_trainer(trainer, num_steps_of(params, len(train)), checkpoints, **kept)
 
 
 def train_backbone(
@@ -265,24 +275,23 @@ def fit_on_features(
     seed: int,
     precision: str,
     checkpoints: Checkpoints,
+    root: Path,
 ) -> Fit:
-    """Fits the head of a frozen backbone, and scores the held-out pairs."""
+    """Fits the head of a frozen backbone and writes models/reward."""
     freeze(model)
     model.score.requires_grad_(True)
-    datasets = features_of(model, columns, params, precision, checkpoints)
-    fitted = datasets["train"]
-    if params.hard_negatives:
-        columns_of_both = ["chosen_ids", "rejected_ids", "chosen_features", "rejected_features"]
-        parts = [fitted] * PAIR_REPEATS + [datasets[CORRUPTED + "train"]]
-        fitted = concatenate_datasets([part.select_columns(columns_of_both) for part in parts])
-    history, steps = train_head(model, tokenizer, fitted, datasets["heldout"], params, seed)
+    datasets, features = features_of(model, columns, params, precision, checkpoints)
+    names = ["chosen_ids", "rejected_ids", "chosen_features", "rejected_features"]
+    fitted = concatenate_datasets([datasets[table].select_columns(names) for table in fitted_tables(params)])
+    work = model, tokenizer, fitted, datasets["heldout"], params, seed, checkpoints
+    history, steps = train_head(*work, features=features)
+    save_model(model, tokenizer, root / "models/reward")
     weight = model.score.weight.detach().cpu().squeeze(0)
-    scores = {
-        (split, side): datasets[split][f"{side}_features"][:] @ weight
-        for split in ("heldout", CORRUPTED + "heldout")
-        for side in SIDES
-    }
-    return Fit(history, steps, scores)
+
+    def scores_of(table: str, side: str) -> Tensor:
+        return datasets[table][f"{side}_features"][:].reshape(-1, len(weight)) @ weight  # of no pair, it is (0,)
+
+    return Fit(history, steps, scores_of)
 
 
 def fit_whole(
@@ -295,15 +304,13 @@ def fit_whole(
     checkpoints: Checkpoints,
     root: Path,
 ) -> Fit:
-    """Trains head and backbone, writes models/reward, and scores the held-out pairs with what is written there."""
-    tables = [columns["train"]]
-    if params.hard_negatives:
-        tables = [columns["train"]] * PAIR_REPEATS + [columns[CORRUPTED + "train"]]
+    """Trains head and backbone and writes models/reward; what is written there gives the scores."""
     names = [f"{side}_ids" for side in SIDES]
-    fitted = Dataset.from_dict({name: [ids for table in tables for ids in table[name]] for name in names})
-    heldout = Dataset.from_dict({name: columns["heldout"][name] for name in names})
-    device, folder = model.device, root / "models/reward"
-
+    fitted, heldout = (
+        Dataset.from_dict({name: [ids for table in tables for ids in columns[table][name]] for name in names})
+        for tables in (fitted_tables(params), ["heldout"])
+    )
+    folder = root / "models/reward"
     with_fp32_head(model)
     trained = add_adapters(model, params.lora, precision, task="SEQ_CLS") if params.backbone == "lora" else model
     dial = memory_dial(params.micro_batch_tokens, 4096, model, "train_reward", training=True)
@@ -315,19 +322,21 @@ def fit_whole(
         def fresh(base: Path) -> PreTrainedModel:
             return new_reward_model(base, tokenizer.pad_token_id)
 
-        save_adapted(trained, model.state_dict(), root, "models/base", tokenizer, folder, load=fresh)
+        save_adapted(trained, model.state_dict(), root / "models/base", tokenizer, folder, fresh)
     else:
         save_model(model, tokenizer, folder)
-    written = load_reward_model(folder, device)
+    written = load_reward_model(folder, model.device)
     dial = memory_dial(params.micro_batch_tokens, 4096, written, "train_reward")
-    scores = {
-        (split, side): torch.tensor(
-            dial.run(score_sequences, written, columns[split][f"{side}_ids"], precision=precision)
-        )
-        for split in ("heldout", CORRUPTED + "heldout")
-        for side in SIDES
-    }
-    return Fit(history, steps, scores)
+
+    def scores_of(table: str, side: str) -> Tensor:
+        return torch.tensor(dial.run(score_sequences, written, columns[table][f"{side}_ids"], precision=precision))
+
+    return Fit(history, steps, scores_of)
+
+
+def fitted_tables(params: Params) -> list[str]:
+    """Which tables the reward model is trained on, a table as often as it counts."""
+    return ["train"] * PAIR_REPEATS + [CORRUPTED + "train"] if params.hard_negatives else ["train"]
 
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
@@ -346,12 +355,12 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
 
     with Checkpoints("train_reward", root, base, params) as checkpoints:
         # 2. The pairs, or they and every corrupted copy of their chosen answers, are learnt
-        work = model, tokenizer, columns, params, base.seed, precision, checkpoints
-        fit = fit_on_features(*work) if params.backbone == "frozen" else fit_whole(*work, root)
+        fit_model = fit_on_features if params.backbone == "frozen" else fit_whole
+        fit = fit_model(model, tokenizer, columns, params, base.seed, precision, checkpoints, root)
 
         # 3. Held-out scores and reports
-        chosen_scores, rejected_scores = (fit.scores["heldout", side] for side in SIDES)
-        better, worse = (fit.scores[CORRUPTED + "heldout", side] for side in SIDES)
+        chosen_scores, rejected_scores = (fit.scores_of("heldout", side) for side in SIDES)
+        better, worse = (fit.scores_of(CORRUPTED + "heldout", side) for side in SIDES)
         resisted = better > worse
         kinds = columns[CORRUPTED + "heldout"]["kind"]
         metrics = {
@@ -374,8 +383,6 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         )
         names = ("row", "prompt_id", "chosen_score", "rejected_score")
         reports = root / "reports/train_reward"
-        if params.backbone == "frozen":
-            save_model(model, tokenizer, root / "models/reward")
         write_history(reports / "history.csv", round_floats(fit.history, 8))
         write_history(
             reports / "heldout_scores.csv", round_floats([dict(zip(names, row, strict=True)) for row in scores], 8)

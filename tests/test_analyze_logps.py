@@ -1,9 +1,11 @@
 """The stage on tiny models: log-probs by definition, what is reused, what is written, and that it repeats."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -26,6 +28,7 @@ PARAMS = Params(
     max_train_pairs=10, max_unseen_texts=4, micro_batch_tokens=2048, bootstrap_samples=50, confidence=0.9
 )
 SIZES = {"train": 14, "heldout": 6}
+MET = [1, 2, 3, 5, 6, 7, 8, 9, 11, 12, 13, 14]  # of the training pairs, by DPO
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,7 @@ def prepared(tokenizer, embedded_pairs, tmp_path_factory):
             logps[split][f"{side}_logps"] = summed.tolist()
     write_parquet(root / "data/tokenized/pairs_negatives.parquet", {"row": [1], "kind": ["loop"]})  # not read here
     write_reference_logps(root, logps, fingerprint(root, "fp32"))
+    write_parquet(root / "data/dpo_pairs.parquet", {"row": MET})
 
     unseen = [
         render_completion(
@@ -176,9 +180,24 @@ def test_training_pairs_and_unseen_texts_are_drawn_by_seed(prepared):
         texts = stage.collect_texts(prepared, count, count, seed)
         return texts[texts["group"] == group]["row"].tolist()
 
-    for group, total in (("train_chosen", 14), ("unseen", 5)):
+    for group, all_of_them in (("train_chosen", MET), ("unseen", [1, 2, 3, 4, 5])):
         assert rows(group, 1, 3) == rows(group, 1, 3) != rows(group, 2, 3)
-        assert rows(group, 1, None) == rows(group, 1, 99) == list(range(1, total + 1))
+        assert rows(group, 1, None) == rows(group, 1, 99) == all_of_them
+
+
+def test_training_pairs_are_those_that_dpo_was_trained_on(prepared, tmp_path):
+    """A run that `max_steps` ends early met only some of them, and the others are no training data."""
+    main(BASE, PARAMS.replace(max_train_pairs=None), prepared)
+    logps = pd.read_parquet(prepared / "reports/analyze_logps/logps.parquet")
+    assert sorted(logps.loc[logps["group"] == "train_chosen", "row"].unique()) == MET
+    assert "Measured on 12 of the 12 pairs that DPO was trained on" in (
+        prepared / "reports/analyze_logps/answer.md"
+    ).read_text(encoding="utf-8")
+    root = tmp_path / "root"
+    shutil.copytree(prepared, root)
+    write_parquet(root / "data/dpo_pairs.parquet", {"row": pa.array([], pa.int64())})
+    with pytest.raises(UserError, match="DPO met no pair itself.*raise train_dpo.max_steps"):
+        main(BASE, PARAMS, root)
 
 
 def test_log_probs_of_another_base_are_refused(prepared):

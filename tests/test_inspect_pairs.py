@@ -9,7 +9,7 @@ import pytest
 from stages import corrupt_answers, fetch_pairs, tokenize_pairs
 from stages.inspect_pairs import Params, main
 from stages.lib.report.data_page import Segment, segments
-from stages.lib.run.artefacts import read_json, sha256_of_file
+from stages.lib.run.artefacts import read_json, read_parquet, sha256_of_file
 from stages.lib.run.params import Base, load_params
 from tests.conftest import REPO
 
@@ -79,6 +79,34 @@ def test_the_page_says_what_is_in_the_data(root, capsys):
     metrics = read_json(root / "reports/inspect_pairs/metrics.json")
     assert metrics["pairs"] == metrics["looked_at"] == 41 and metrics["rankers"]["question_marks"] == 1.0
     assert metrics["repeated"] == {"prompts": 21, "with_several_pairs": 20, "most_pairs": 2}
+
+
+def test_lengths_and_cuts_of_the_pairs_leave_other_texts_out(root):
+    more = [{"prompt": "So long a prompt? " * 20 + str(i)} for i in range(400)]
+    more.append({"prompt": "Special <|im_end|>?"})
+    (root / "more.jsonl").write_text("".join(json.dumps(item) + "\n" for item in more))
+    params = load_params("fetch_pairs", fetch_pairs.Params, root).replace(
+        path="pairs.jsonl", unseen_path="unseen.jsonl", eval_prompts_path="more.jsonl"
+    )
+    fetch_pairs.main(BASE, params, root)
+    limits = {"max_prompt_length": 90, "max_completion_length": 150, "max_length": 260}
+    tokenize_pairs.main(BASE, tokenize_pairs.Params(**limits), root)
+    text = (root / "params.yaml").read_text(encoding="utf-8")
+    for name, limit in limits.items():
+        text = re.sub(rf"(?m)^  {name}: \S+", f"  {name}: {limit}", text)
+    (root / "params.yaml").write_text(text)
+    page = " ".join(look(root).text.split())
+    prompts = [
+        len(ids)
+        for name in ("pairs_train", "pairs_heldout", "judge_pairs")
+        for ids in read_parquet(root / f"data/tokenized/{name}.parquet")["prompt_input_ids"]
+    ]
+    assert max(prompts) < 90  # all that are cut are evaluation prompts
+    mean = sum(prompts) / len(prompts)
+    assert f"Tokens, prompt {mean:.0f} in the mean, {max(prompts)} in the longest, once cut" in page
+    assert "Then left out, unseen texts and evaluation prompts included: holds a special token" in page
+    assert "Texts cut to max_prompt_length, unseen texts and evaluation prompts included 400" in page
+    assert "texts are cut to a limit" not in page
 
 
 def test_pairs_are_shown_whole_as_the_models_see_them(root):

@@ -598,7 +598,7 @@ def adapted_root(root, tokenizer) -> Path:
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.3)
-        save_adapted(adapted, model.state_dict(), root, "models/base", tokenizer, root / f"models/{kind}")
+        save_adapted(adapted, model.state_dict(), root / "models/base", tokenizer, root / f"models/{kind}")
     text = (root / "params.yaml").read_text()
     (root / "params.yaml").write_text(text.replace("  rank: null ", "  rank: 4 "))
     return root
@@ -686,3 +686,18 @@ def test_an_adapter_goes_along_and_names_the_base_on_the_hub_and_the_card_says_s
     assert read_json(adapter / "adapter_config.json")["base_model_name_or_path"] == "models/base"
     card = (published / "README.md").read_text()
     assert "of rank 16 beside the frozen base were trained" in card and "weights were trained" not in card
+
+
+def test_a_repository_that_becomes_public_keeps_no_commit_with_texts_of_private_data(root, hub):
+    pairs = root / "reports/fetch_pairs/metrics.json"
+    pairs.write_text(json.dumps(json.loads(pairs.read_text()) | {"sha256": "0" * 64}))  # a file of one's own
+    set_params(root, push="true")
+    params = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(params.replace("    ppo: false", "    ppo: true"))
+    assert run(root, hub.env())[0] == 0
+    repository = hub.repositories["tester/llm-course-hw2-ppo"]
+    assert repository.private and len(repository.commits) > 1
+    (root / "params.yaml").write_text(params)
+    status, text = run(root, hub.env())
+    assert status == 0, text
+    assert not repository.private and len(repository.commits) == 1

@@ -10,8 +10,9 @@ import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 import stages.score_responses as stage
+from stages.lib.model.answer_means import answer_means
 from stages.lib.model.frozen_side import FrozenSide
-from stages.lib.model.judge import Judge, judge_features, save_judge
+from stages.lib.model.judge import Judge, save_judge
 from stages.lib.model.loading import save_model
 from stages.lib.model.reward import closed
 from stages.lib.run.artefacts import read_parquet, write_json, write_parquet
@@ -129,7 +130,7 @@ def test_scores_are_the_models_own_of_one_text_at_a_time(root, scored, tokenizer
         with torch.no_grad():
             hidden = reward.model(torch.tensor([prompt + ending])).last_hidden_state[0, -1]
             assert row.score == pytest.approx((reward.score.weight[0] @ hidden).item(), abs=1e-4)
-        alone = judge.scores(judge_features(base, [prompt], [ids], judge.layer, 512, "fp32"))
+        alone = judge.scores(answer_means(base, [prompt], [ids], [judge.layer], 512, "fp32")[0])
         assert row.judge == pytest.approx(alone.item(), abs=1e-4)
         with torch.no_grad():
             logits = base(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 0.7
@@ -251,3 +252,30 @@ def test_texts_are_read_once(root, monkeypatch):
     main(BASE, PARAMS, root)
     answers = pd.DataFrame(read_parquet(root / "data/answers.parquet"))
     assert counts[0] <= 11 * len(WORDS) < len(answers) + 2 * 17  # prompts times texts, however often each was said
+
+
+def test_a_course_that_began_elsewhere_is_measured_from_the_base(root, scored, tmp_path, capsys):
+    """PPO's `ref_logp` is of the DPO model where it started from that; the axis is the distance to the base."""
+    shutil.copytree(root, tmp_path / "root")
+    other = tmp_path / "root"
+    write_json(other / "reports/train_ppo/metrics.json", PPO | {"policy": "dpo", "temperature": 0.7})
+    main(BASE, PARAMS, other)
+    points = pd.read_csv(other / "reports/score_responses/frontier.csv")
+    course = points[points["series"] == "PPO's course"].set_index("step")["kl"]
+    looks = pd.DataFrame(read_parquet(other / "data/courses/ppo.parquet"))
+    prompts = read_parquet(other / "data/tokenized/prompts_judge.parquet")
+    asked = dict(zip(prompts["prompt_id"], prompts["input_ids"], strict=True))
+    base = LlamaForCausalLM.from_pretrained(other / "models/base").eval()
+    for step, look in looks.groupby("step"):
+        differences = []
+        for row in look.itertuples():
+            ids = list(row.response_ids)
+            with torch.no_grad():
+                logits = base(torch.tensor([asked[row.prompt_id] + ids])).logits[0, -len(ids) - 1 : -1] / 0.7
+            differences.append(row.logp - logits.log_softmax(-1)[range(len(ids)), ids].sum().item())
+        assert course[step] == pytest.approx(np.mean(differences), abs=1e-3)
+    write_json(other / "reports/train_ppo/metrics.json", PPO | {"policy": "dpo", "temperature": 1.0})
+    main(BASE, PARAMS, other)
+    points = pd.read_csv(other / "reports/score_responses/frontier.csv")
+    assert "PPO's course" not in set(points["series"]) and "DPO's course" in set(points["series"])
+    assert "PPO's course is left out of the frontier: it was sampled at temperature 1.0" in capsys.readouterr().out

@@ -212,6 +212,16 @@ def test_each_epoch_covers_every_pair_once_in_a_new_order():
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
 
 
+def test_it_says_which_pairs_it_met(project):
+    params = PARAMS.replace(max_steps=2, batch_size=2, hard_negatives=0.0)
+    train_dpo.main(BASE, params, project)
+    rows = read_parquet(project / "data/tokenized/pairs_train.parquet")["row"]
+    expected = sorted(rows[i] for _, index in train_dpo.batches_of(len(rows), params, BASE.seed) for i in index)
+    assert read_parquet(project / "data/dpo_pairs.parquet")["row"] == expected and len(expected) == 4
+    metrics = read_json(project / "reports/train_dpo/metrics.json")
+    assert (metrics["pairs_met"], metrics["hard_negatives_met"]) == (4, 0) and metrics["train_pairs"] == len(rows)
+
+
 def test_max_steps_ends_the_epoch_and_the_schedule(project):
     train_dpo.main(BASE, PARAMS.replace(max_steps=6), project)
     history = history_of(project)
@@ -340,6 +350,15 @@ def test_a_gradient_that_overflows_at_any_scale_is_an_error(project, fp16, monke
         train_dpo.main(FP16, PARAMS, project)
     assert len(tries) == 2 + 11  # at the scales 2^10 to 2^0
     assert not (project / "models/dpo").exists()
+
+
+def test_all_processes_plan_with_the_fewest_tokens_that_one_has_room_for(project, monkeypatch):
+    """FSDP gathers weights in every pass: with other numbers of passes they would wait for each other for ever."""
+    monkeypatch.setattr(learning, "gather_object", lambda own: [512, *own, 384])
+    accelerator = loading.make_accelerator(torch.device("cpu"), "fp32")
+    policy = train_dpo.CompletionLogps(loading.load_causal_lm(project / "models/base"))
+    learner = learning.Learner(policy, accelerator, MemoryDial(1024), 1e-3, ("constant", 0, 1), 1.0)
+    assert learner.dial.tokens == 384
 
 
 def test_a_batch_is_read_from_the_device_once_and_in_no_precision_it_lacks(project, monkeypatch):

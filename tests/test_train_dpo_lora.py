@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from stages import reference_logps, train_dpo
 from stages.lib.model.adapters import Lora
+from stages.lib.model.memory import memory_dial
 from stages.lib.run.artefacts import read_parquet
 from stages.lib.run.checkpoints import Stopped
 from stages.lib.run.params import Base
@@ -156,3 +157,17 @@ def test_two_processes_train_as_one(project):
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
     for name, weight in weights_of(project / "models/dpo").items():
         torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-4)
+
+
+def test_what_fits_is_asked_of_the_model_as_it_is_trained(project, monkeypatch):
+    """Frozen and in half precision it leaves a card much more room than the whole one in training would."""
+    trained = []
+
+    def seen(asked, on_cpu, model, stage, training=False, parts=1):
+        if training:
+            trained.append({name for name, weight in model.named_parameters() if weight.requires_grad})
+        return memory_dial(asked, on_cpu, model, stage, training, parts)
+
+    monkeypatch.setattr(train_dpo, "memory_dial", seen)
+    run(project)
+    assert len(trained) == 1 and all("lora_" in name for name in trained[0])

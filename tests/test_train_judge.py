@@ -6,9 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pydantic import ValidationError
 
 from stages.lib.data.chat import apply_chat_template, to_implicit_prompt_preferences, tokenize_row
-from stages.lib.model.judge import judge_features, load_judge
+from stages.lib.model.answer_means import answer_means
+from stages.lib.model.judge import load_judge
 from stages.lib.model.loading import load_causal_lm
 from stages.lib.run.artefacts import read_parquet, write_parquet
 from stages.lib.run.errors import UserError
@@ -74,7 +76,7 @@ def test_the_judge_that_is_written_gives_the_scores_that_are_reported(root):
     model = load_causal_lm(root / "models/base")
     for side in ("chosen", "rejected"):
         texts = pairs["prompt_input_ids"], pairs[f"{side}_input_ids"]
-        expected = judge.scores(judge_features(model, *texts, judge.layer, 10_000, "fp32"))
+        expected = judge.scores(answer_means(model, *texts, [judge.layer], 10_000, "fp32")[0])
         assert scores[f"{side}_score"].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
     metrics = metrics_of(root)
     assert metrics["heldout"]["accuracy"] == pytest.approx((scores.chosen_score > scores.rejected_score).mean())
@@ -145,3 +147,9 @@ def test_scores_are_linear_in_standardised_features():
 
     judge = Judge(1, 1.0, torch.tensor([1.0, 0.0]), torch.tensor([2.0, 1.0]), torch.tensor([3.0, -1.0]))
     assert judge.scores(torch.tensor([[3.0, 5.0], [1.0, 0.0]])).tolist() == [-2.0, 0.0]  # 3 * 1 - 5; the mean
+
+
+@pytest.mark.parametrize("change", [{"layers": [1.5]}, {"layers": []}, {"layers": [-0.1]}, {"strengths": [0.0]}])
+def test_senseless_candidates_are_refused(change):
+    with pytest.raises(ValidationError, match=next(iter(change))):
+        PARAMS.replace(**change)

@@ -7,11 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import Accelerator
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -336,6 +338,16 @@ def test_kl_coef_follows_its_target(root):
     assert rows[2]["objective/kl_coef"] == pytest.approx(rows[1]["objective/kl_coef"] * (1 + 0.1 * over[1]))
 
 
+def test_looks_are_compared_at_one_price_whatever_becomes_of_kl_coef(root):
+    params = PARAMS.replace(kl_target=1e-6, kl_coef=0.5, missing_eos_penalty=0.0, look_every=1)
+    rows, looks = run(root, params), looks_of(root)
+    assert (
+        rows[2]["objective/kl_coef"] != 0.5
+    )  # scores are not normalised here: the objective is they, less the price
+    assert [row["objective"] for row in looks] == pytest.approx([row["score"] - 0.5 * row["kl"] for row in looks])
+    assert metrics_of(root)["kl_coef"] == 0.5
+
+
 def looks_score(monkeypatch, scores):
     """The judge's prompts get these scores, one look after another; training prompts that of their first token."""
     waiting = iter(scores)
@@ -502,6 +514,7 @@ def test_committed_params_are_valid():
         ({"lam": 1.5}, "lam"),
         ({"target_kl": -1.0}, "target_kl"),
         ({"num_mini_batches": 3}, "multiple of num_mini_batches"),
+        ({"kl_target": 1.0, "kl_coef": 0.0}, "with kl_coef 0 it would stay 0"),
         ({"answers_per_prompt": 3}, "multiple of answers_per_prompt"),
         ({"advantages": "rloo"}, "rloo needs answers_per_prompt of at least 2"),
         ({"value_warmup_updates": 3}, "leave no update"),
@@ -573,3 +586,26 @@ def test_the_eos_action_is_trained(root, monkeypatch):
     score_by(monkeypatch, lambda response: 3.0 if response[-1] == EOS else 0.0)
     rows = run(root, PARAMS.replace(episodes=8 * 40, learning_rate=3e-3, schedule="constant"))
     assert np.mean([row["ended"] for row in rows[-5:]]) > 0.95 > np.mean([row["ended"] for row in rows[:3]])
+
+
+def test_fewer_prompts_than_processes_are_refused(root, tokenizer):
+    actor = Actor(TokenLogps(make_policy(), 1.0), tokenizer, Accelerator(cpu=True), "fp32", 4, MemoryDial(64))
+    actor.accelerator = SimpleNamespace(num_processes=3, process_index=2)
+    with pytest.raises(UserError, match="3 processes and 2 prompts to answer: LAUNCH fewer"):
+        actor.sample(make_prompts(2), seed=0)
+
+
+def test_hidden_states_are_copied_for_a_critic_alone(root, monkeypatch):
+    asked = []
+    opinions = FrozenSide.opinions
+
+    def watched(self, *texts, **how):
+        asked.append(how["with_features"])
+        return opinions(self, *texts, **how)
+
+    monkeypatch.setattr(FrozenSide, "opinions", watched)
+    run(root, RLOO.replace(score_norm_episodes=4))
+    assert not any(asked)
+    asked.clear()
+    run(root, PARAMS)
+    assert sum(asked) == 3  # an update each, and no look

@@ -6,6 +6,7 @@ import os
 import signal
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
@@ -19,7 +20,7 @@ from stages import train_reward
 from stages.lib.model.adapters import Lora
 from stages.lib.model.loading import freeze, set_seed
 from stages.lib.model.reward import load_reward_model, new_reward_model, score_sequences
-from stages.lib.model.reward_trainer import HeadOnFeatures, KeepAtRows, OneDevice
+from stages.lib.model.reward_trainer import EndWhenAsked, HeadOnFeatures, KeepAtRows, OneDevice
 from stages.lib.run.artefacts import read_parquet, write_parquet
 from stages.lib.run.checkpoints import Stopped
 from stages.lib.run.errors import UserError
@@ -352,3 +353,32 @@ def test_committed_params_are_valid_and_bad_ones_are_named():
     load_params("train_reward", Params, REPO)
     with pytest.raises(ValidationError, match="learning_rate"):
         PARAMS.replace(learning_rate=0.0)
+
+
+def test_stopped_while_the_head_is_fitted_it_keeps_the_features(root, monkeypatch):
+    main(BASE, PARAMS, root)
+    expected = (root / "models/reward/model.safetensors").read_bytes()
+    read = []
+    pooled, on_step_end = train_reward.pooled_features, EndWhenAsked.on_step_end
+
+    def stopping(self, *args, **how):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return on_step_end(self, *args, **how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(EndWhenAsked, "on_step_end", stopping)
+        with pytest.raises(Stopped, match="stopped by SIGTERM; `dvc repro` goes on from"):
+            main(BASE, PARAMS, root)
+    monkeypatch.setattr(train_reward, "pooled_features", lambda *a, **how: read.append(1) or pooled(*a, **how))
+    main(BASE, PARAMS, root)
+    assert not read and (root / "models/reward/model.safetensors").read_bytes() == expected
+
+
+def test_a_reward_model_of_answers_that_could_not_be_corrupted(root):
+    path = root / "data/tokenized/reward_negatives_heldout.parquet"
+    columns = read_parquet(path)
+    types = {name: pa.list_(pa.int32()) if name.endswith("_ids") else pa.string() for name in columns}
+    write_parquet(path, {name: pa.array([], types[name]) for name in columns})
+    main(BASE, PARAMS, root)
+    metrics = json.loads((root / "reports/train_reward/metrics.json").read_text())
+    assert metrics["by_kind"] == {} and metrics["heldout_pairs"] == 9

@@ -8,7 +8,7 @@ from stages.lib.analysis.text_features import RANKERS
 from stages.lib.analysis.wording import NO_DIFFERENCE, NO_FINDING
 from tests.support.without_intervals import CLAIMS
 
-COUNTS = {"train_pairs": 150, "heldout_pairs": 34, "unseen_texts": 160}
+COUNTS = {"train_pairs": 150, "met_pairs": 180, "heldout_pairs": 34, "unseen_texts": 160}
 
 
 def estimates(**changed):

@@ -220,7 +220,8 @@ def test_splits_of_its_own(tmp_path, hub):
     assert done.returncode == 0, done.stderr
     metrics = read_json(tmp_path / "reports/fetch_pairs/metrics.json")
     assert metrics["read"] == 85 and metrics["split"] == "train_prefs, test_prefs"
-    # five pairs are in both splits: exact duplicates of earlier rows, so held out are twenty
+    # five pairs are in both splits: held out are all twenty-five, and the training rows go
+    assert metrics["heldout_pairs"] == 25 and metrics["dropped"] == {"prompt_of_heldout_split": 5}
     assert metrics["read"] == metrics["kept"] + sum(metrics["dropped"].values())
     rows = read_parquet(tmp_path / "data/pairs/heldout.parquet")["row"]
     assert min(rows) > 60 and len(rows) == metrics["heldout_pairs"]

@@ -178,6 +178,13 @@ def test_duplicates_are_equal_in_all_three_texts():
     assert result.rows == {1: a, 2: b} and result.dropped == {"duplicate": 2}
 
 
+def test_of_a_pair_in_training_and_in_a_given_split_the_held_out_copy_stays():
+    a, b = Pair("p", "c", "r"), Pair("q", "c", "r")
+    result, heldout = split_as_given(without_duplicates(replace(collected(a, b, a, a), heldout_from=2)), 2)
+    assert heldout == {3} and result.rows == {2: b, 3: a}
+    assert result.dropped == {"duplicate": 1, "prompt_of_heldout_split": 1}
+
+
 def test_draw_is_random_by_seed_in_order_and_keeps_all_when_few():
     pairs = collected(*(Pair(str(i), "c", "r") for i in range(200)))
     drawn = draw_pairs(pairs, 50, seed=1)

@@ -228,7 +228,7 @@ def test_texts_of_private_data_go_into_a_public_card_only_by_choice(root, embedd
 def test_the_dpo_card_quotes_what_was_measured(root):
     card = render_card("dpo", facts_of(root), SHA256)
     lead, results = card.split("## Use")[0], section(card, "Results")
-    assert "after 19 steps of Direct Preference Optimization" in lead and "on 300 preference pairs" in lead
+    assert "after 19 steps of Direct Preference Optimization" in lead and "on 150 of 300 preference pairs" in lead
     assert "in 97 % [92, 100]" in lead
     assert "the best (question marks) is right for 100 % [95, 100]" in lead
     rows = [line for line in results.splitlines() if line.startswith("|")]
@@ -263,7 +263,9 @@ def test_the_ppo_card_quotes_what_was_measured(root):
     (ended,) = [line for line in section(card, "Results").splitlines() if line.startswith("| Ended by itself |")]
     assert "**47" in ended and "[40, 54]**" in ended  # clearly more than the base's 34 %
     assert PPO_ANSWER in section(card, "Before and after")
-    assert "12 updates from 32 prompts each" in section(card, "Training")
+    assert "12 updates of 8 prompts each, 4 answers to a prompt, of at most 128 tokens" in section(
+        card, "Training"
+    )
 
 
 def test_no_clear_difference_is_said_to_be_none(root):

@@ -31,7 +31,9 @@ try:
     account = hub.connect()
     result["user"], result["namespaces"] = account.user, sorted(account.namespaces)
     for repo_id, folder in job["repositories"].items():
-        result[repo_id] = hub.publish_repository(account.api, repo_id, Path(folder), job["private"], "Publish")
+        result[repo_id] = hub.publish_repository(
+            account.api, repo_id, Path(folder), job["private"], "Publish", job["hides_texts"]
+        )
     notes = {repo_id: "a note" for repo_id in job["repositories"]}
     result["collection"] = hub.publish_collection(
         account.api, "tester", job["title"], job["description"], job["private"], notes
@@ -76,7 +78,7 @@ def folder(tmp_path) -> Path:
 def publish(
     hub: HubServer, *folders: Path, token: str | None = TOKEN, env: dict | None = None, **job
 ) -> Published:
-    job = {"private": True, "title": "course", "description": "two models"} | job
+    job = {"private": True, "hides_texts": False, "title": "course", "description": "two models"} | job
     job["repositories"] = {f"tester/course-{folder.name}": str(folder) for folder in folders}
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     done = subprocess.run(
@@ -152,6 +154,37 @@ def test_visibility_and_collection_follow_a_change(hub, folder):
     (collection,) = hub.collections.values()
     assert (collection["private"], collection["description"]) == (False, "three models")
     assert len(collection["items"]) == 1
+
+
+def test_a_private_repository_becomes_public_only_after_the_new_commit(hub, folder):
+    publish(hub, folder)
+    repository = hub.repositories["tester/course-model"]
+    (folder / "README.md").write_text(CARD + "More.\n")
+    hub.faults.append(Fault("POST", "/commit/", status=403))
+    assert "committing to tester/course-model" in publish(hub, folder, private=False).error
+    assert repository.private
+    assert "error" not in publish(hub, folder, private=False).result
+    assert not repository.private and len(repository.commits) == 3  # with no texts to hide the history stays
+
+
+def test_no_older_commit_is_left_where_texts_are_hidden_and_the_repository_becomes_public(hub, folder):
+    (folder / "README.md").write_text(CARD + "A private prompt.\n")
+    publish(hub, folder)
+    repository = hub.repositories["tester/course-model"]
+    (folder / "README.md").write_text(CARD)
+    hub.faults.append(Fault("POST", "/super-squash/", status=403))
+    published = publish(hub, folder, private=False, hides_texts=True)
+    assert "removing the older commits of tester/course-model: the Hub answered 403" in published.error
+    assert repository.private
+    published = publish(hub, folder, private=False, hides_texts=True)
+    assert published.result["tester/course-model"] == repository.head.oid
+    assert [commit.title for commit in repository.commits] == ["Publish"] and not repository.private
+    tree = hub.tree(repository.id)
+    assert tree.pop(".gitattributes")
+    assert tree == files_of(folder)
+    hub.requests.clear()
+    publish(hub, folder, private=False, hides_texts=True)
+    assert not hub.sent("POST", "/super-squash/")  # a public one keeps what comes later
 
 
 def test_passing_faults_of_every_call_are_ridden_out_in_one_run(hub, folder):

@@ -95,3 +95,9 @@ def test_layers_that_are_not_there_are_refused_by_name(tiny_model):
 def test_senseless_parameters_are_refused(changes):
     with pytest.raises(ValidationError):
         LORA.replace(**changes)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"]])
+def test_an_adapter_of_the_output_layer_which_no_loss_would_train_is_refused(tiny_model, targets):
+    with pytest.raises(UserError, match="lora.targets names the output layer"):
+        add_adapters(tiny_model, LORA.replace(targets=targets), "fp32")

@@ -9,7 +9,6 @@ from stages.lib.model.answer_means import answer_means
 from stages.lib.model.judge import (
     Judge,
     fit_judge,
-    judge_features,
     load_judge,
     save_judge,
 )
@@ -39,8 +38,6 @@ def test_means_are_those_of_the_answers_own_tokens(tiny_model, micro_batch_token
     assert means.shape == (2, 5, 32) and means.dtype == torch.float32
     torch.testing.assert_close(means[0], whole_means(tiny_model, 1), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(means[0], means[1])
-    one = judge_features(tiny_model, PROMPTS, RESPONSES, 1, micro_batch_tokens, "fp32")
-    torch.testing.assert_close(one, means[0], atol=1e-5, rtol=1e-5)
 
 
 def test_the_last_layers_state_normalised_is_the_models_own(tiny_model):

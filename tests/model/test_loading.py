@@ -1,11 +1,16 @@
 """Seeds, dropout, device, precision, and what the loaders refuse."""
 
+import os
 import random
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
 from stages.lib.model.loading import (
@@ -14,6 +19,7 @@ from stages.lib.model.loading import (
     freeze,
     load_causal_lm,
     load_tokenizer,
+    make_accelerator,
     pick_device,
     pick_precision,
     save_model,
@@ -22,6 +28,7 @@ from stages.lib.model.loading import (
 from stages.lib.run.errors import UserError
 
 CPU = torch.device("cpu")
+REPO = Path(__file__).resolve().parents[2]
 
 
 def draw():
@@ -168,3 +175,30 @@ def test_the_stage_says_what_it_runs_on(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     pick_precision("auto", torch.device("cuda", 0))
     assert capsys.readouterr().out == "on cpu in fp32\non cuda:0 (Tesla T4) in fp16\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept_until_it_is_returned():
+    script = """
+import torch
+from stages.lib.model.loading import pick_device, return_freed_memory
+pick_device()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+before = resident()
+buffers = [torch.ones(25_000_000) for _ in range(4)]
+del buffers
+kept = resident() - before
+return_freed_memory()
+print(kept, resident() - before)
+"""
+    environment = os.environ | {"DEVICE": "cpu"}
+    ran = subprocess.run([sys.executable, "-c", script], cwd=REPO, env=environment, capture_output=True, text=True)
+    kept, left = map(float, ran.stdout.split())
+    assert kept > 390 and left < 10  # MB, of 400
+
+
+def test_fp16_on_a_cpu_is_refused_where_accelerate_would_compute_in_fp32():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(UserError, match="accelerate has no autocast to fp16 on cpu; name another base.precision"):
+        make_accelerator(CPU, "fp16")

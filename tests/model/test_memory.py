@@ -74,6 +74,8 @@ def test_auto_on_a_card_follows_its_memory(tiny_model, monkeypatch):
     assert (
         tokens_that_fit(140e9, smollm, training=True) == int(0.7 * (140e9 - 1_614_180_096) / 1_622_016) == 59_722
     )
+    parts = int(0.7 * (14e9 - 1_614_180_096 / 4) / 1_622_016)  # sharded over four cards
+    assert tokens_that_fit(14e9, smollm, training=True, parts=4) == parts == 5_867
     assert tokens_that_fit(1e9, smollm, training=True) == 256 and tokens_that_fit(1e12, smollm, False) == 2**17
     smollm.requires_grad_(False)
     monkeypatch.setattr(memory, "free_memory", lambda device: 14e9)

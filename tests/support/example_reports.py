@@ -92,6 +92,9 @@ def example_metrics() -> dict[str, dict[str, Any]]:
         "reference_logps": {"train": {"pairs": 302, "logps/chosen": -180.1, "logps/rejected": -171.3}},
         "train_dpo": {
             "train_pairs": 302,
+            "pairs_met": 151,
+            "hard_negatives": 302,
+            "hard_negatives_met": 153,
             "heldout_pairs": 34,
             "steps": 19,
             "heldout": dpo,

@@ -156,6 +156,7 @@ class Handler(LoopbackHandler):
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", "tree"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/main", "preupload"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/main", "commit"),
+        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/super-squash/main", "super_squash"),
         ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
         ("POST", r"/lfs/verify", "lfs_verify"),
@@ -407,6 +408,12 @@ class Handler(LoopbackHandler):
             found.commits.append(made)
         url = f"{self.hub.url}/{repo}/commit/{made.oid}"
         self.answer({"success": True, "commitOid": made.oid, "commitUrl": url, "hookOutput": ""})
+
+    def super_squash(self, repo: str) -> None:
+        wanted, found = self.json(), self.writable(repo)
+        with self.hub.lock:
+            found.commits = [Commit(self.hub.new_oid(), wanted["message"], found.head.files)]
+        self.answer({})
 
     # downloads
 

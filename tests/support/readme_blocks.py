@@ -41,7 +41,7 @@ def blocks(read: Read) -> dict[str, str]:
     return {
         "verdicts": verdicts(read, "reports"),
         "scorecard": scorecard(read, "reports"),
-        "real": f"{verdicts(read, REAL)}\n\n{scorecard(read, REAL)}",
+        "real": scorecard(read, REAL),
         "answers": answers(read),
         "likelier": likelier(read),
         "stages": stages(read),
@@ -67,7 +67,11 @@ def scorecard(read: Read, reports: str) -> str:
     table = list(csv.DictReader(StringIO(read(f"{reports}/score_responses/scorecard.csv"))))
     found = {(row["model"], row["decoding"], row["measure"]): row for row in table}
     limit = json.loads(read(f"{reports}/sample_responses/metrics.json"))["max_new_tokens"]
-    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
+    verdict = json.loads(read(f"{reports}/score_responses/verdicts.json"))
+    heads = [
+        label + (f": {verdict[model]['word']}" if model in verdict else "") for model, label in COLUMNS.items()
+    ]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(COLUMNS)]
     for measure, decoding, label, digits, as_percentage in ROWS:
         cells = []
         for model in COLUMNS:
@@ -108,9 +112,9 @@ def likelier(read: Read) -> str:
         return f"{interval(model, 'did')} against held-out answers of the same kind: {word}"
 
     return (
-        "Do the trained models find their training data more likely? By so many nats per token more than the base\n"
-        f"does: DPO {interval('dpo', 'change_train_chosen')} ({against_heldout('dpo')}),\n"
-        f"PPO, which never sees these answers, {interval('ppo', 'change_train_chosen')}\n({against_heldout('ppo')}).\n"
+        "Do the trained models find their training data more likely? By so many nats per token more than the base "
+        f"does: DPO\n{interval('dpo', 'change_train_chosen')} ({against_heldout('dpo')}), PPO, which never sees these\n"
+        f"answers, {interval('ppo', 'change_train_chosen')} ({against_heldout('ppo')}).\n"
         "The whole answer, with AUC, displacement and baselines, is in `reports/analyze_logps/answer.md`."
     )
 

@@ -186,13 +186,16 @@ def metrics_of_a_run(heldout_pairs: int) -> dict[str, dict]:
         "fetch_pairs": pairs,
         "train_dpo": {
             "train_pairs": 300,
+            "pairs_met": 150,
             "hard_negatives": 300,
+            "hard_negatives_met": 154,
             "heldout_pairs": heldout_pairs,
             "steps": 19,
             "heldout": dpo_heldout,
         },
         "train_reward": {
             "train_pairs": 300,
+            "hard_negatives": 1620,
             "heldout_pairs": heldout_pairs,
             "steps": 152,
             "heldout": reward_heldout,

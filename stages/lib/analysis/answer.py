@@ -14,12 +14,12 @@ def answer(estimates: Mapping[str, Estimates], counts: Mapping[str, int], confid
 
     Args:
         estimates: of base, dpo, ppo, reward_model and rankers, each named as in metrics.json.
-        counts: train_pairs, heldout_pairs, unseen_texts.
+        counts: train_pairs, heldout_pairs, unseen_texts; met_pairs, of which the first were drawn.
     """
     opening = (
         "**Does the final model find its training data more likely?** Measured on "
-        f"{counts['train_pairs']} training pairs, {counts['heldout_pairs']} held-out pairs whose prompts were "
-        "never trained on, and "
+        f"{counts['train_pairs']} of the {counts['met_pairs']} pairs that DPO was trained on, "
+        f"{counts['heldout_pairs']} held-out pairs whose prompts were never trained on, and "
         f"{counts['unseen_texts']} unseen texts of another kind. Log-probs are in nats per token; brackets hold "
         f"{100 * confidence:g} % intervals that resample prompts."
     )

@@ -11,8 +11,9 @@ CAPTIONS = {  # picture -> what to look for
     "both answers became less likely, the chosen one included (likelihood displacement).",
     "rankers": "Share of held-out pairs whose chosen answer comes first; bars are confidence intervals, the "
     "dotted line is chance. A trained ranker that does no better than counting has shown style, not more.",
-    "margins": "Held-out pairs follow the training batches as long as what is learnt carries over. A gap that "
-    "widens is overfitting.",
+    "margins": "Held-out pairs follow the training batches as long as what is learnt carries over. Training batches "
+    "hold corrupted copies too, held-out pairs do not: only training that pulls further and further ahead is "
+    "overfitting.",
     "scores": "Left: the further apart, the surer the reward model. Right: the same prompts answered by each "
     "model; a shift to the right is what PPO was trained for. A tick below is one answer.",
     "frontier": "Up is better, right is further from the base; a course runs as training goes on. A score that "

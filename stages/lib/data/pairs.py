@@ -3,8 +3,9 @@
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
+from math import inf
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -68,6 +69,7 @@ class Collected:
     read: int
     rows: dict[int, Any]
     dropped: Counter[str]
+    heldout_from: float = inf  # the number above which rows are those to hold out whole
 
     def keep(self, numbers: Iterable[int], reason: str) -> "Collected":
         """Only the given rows; the others count as dropped for `reason`. Raises PairError if none is left."""
@@ -75,7 +77,7 @@ class Collected:
         dropped = self.dropped + Counter({reason: len(self.rows) - len(rows)})
         if not rows:
             raise PairError(f"{self.name}: no row is left of {self.read} read; dropped: {spell_counts(dropped)}")
-        return Collected(self.name, self.read, rows, dropped)
+        return replace(self, rows=rows, dropped=dropped)
 
 
 def collect(source: Source, check: Callable[[dict], Pair | Text | Prompt | BadRow], on_bad_row: str) -> Collected:
@@ -116,7 +118,8 @@ def collect(source: Source, check: Callable[[dict], Pair | Text | Prompt | BadRo
     if not rows:
         example = next(iter(first.values()))
         raise PairError(f"no row of {read} is usable: {spell_counts(dropped)}; the first: {example}")
-    return Collected(source.name, read, rows, dropped)
+    heldout_from = min((part.offset for part in source.parts if part.heldout), default=inf)
+    return Collected(source.name, read, rows, dropped, heldout_from)
 
 
 def _fault_of_the_file(
@@ -183,8 +186,9 @@ def check_prompt(row: dict[str, Any]) -> Prompt | BadRow:
 
 
 def without_duplicates(collected: Collected) -> Collected:
-    """Drops rows equal to an earlier one in every text."""
-    first = {texts: number for number, texts in reversed(collected.rows.items())}
+    """Drops rows equal to an earlier one in every text, among those to hold out whole and among the others."""
+    rows = reversed(collected.rows.items())
+    first = {(number > collected.heldout_from, texts): number for number, texts in rows}
     return collected.keep(sorted(first.values()), "duplicate")
 
 

@@ -121,8 +121,8 @@ def path_problem(path: Path) -> str | None:
         return None
     if set("*?[") & set(path.name) and path.parent.is_dir():
         return (
-            "is a pattern, and DVC follows files and folders; give the folder alone, and the pattern as "
-            "fetch_pairs.files"
+            "is a pattern, and DVC follows files and folders; give the folder alone (of fetch_pairs.path, the pattern "
+            "goes into fetch_pairs.files)"
         )
     return f"no such file{_similar(path)}; the path is relative to the root of the project"
 

@@ -123,7 +123,7 @@ def metadata(kind: Kind, facts: Facts) -> dict[str, Any]:
     data["tags"] = {
         "dpo": ["dpo", "preference-optimization", "alignment"],
         "reward": ["reward-model", "reward-trainer", "trl", "alignment"],
-        "ppo": ["ppo", "rlhf", "trl", "alignment"],
+        "ppo": ["ppo", "rlhf", "alignment"],
     }[kind]
     data["metrics"] = ["accuracy"] if kind != "ppo" else ["reward-model-score"]
     data["model-index"] = [{"name": facts.repository(kind).split("/")[1], "results": [_result(kind, facts)]}]

@@ -84,15 +84,34 @@ def connect() -> Account:
     return Account(api, answer["name"], frozenset(orgs | {answer["name"]}))
 
 
-def publish_repository(api: HfApi, repo_id: str, folder: Path, private: bool, message: str) -> str:
+def publish_repository(
+    api: HfApi, repo_id: str, folder: Path, private: bool, message: str, hides_texts: bool = False
+) -> str:
     """Makes the model repository equal to `folder`, in at most one commit, and returns the newest commit's id.
 
-    Files that are the same there are not sent; files that are only there are removed (their history stays).
+    Files that are the same there are not sent; files that are only there are removed (their history stays). It
+    becomes private before the commit, public only after it.
+
+    Args:
+        hides_texts: the files leave out texts of private data: where a private repository becomes public, its
+            older commits, whose cards may show them, are removed first, for good.
 
     Raises:
         HubError: what went wrong, with what to do.
     """
-    _ensure_repository(api, repo_id, private)
+    becomes_public = _ensure_repository(api, repo_id, private)
+    commit = _commit(api, repo_id, folder, message)
+    if becomes_public:
+        if hides_texts:
+            what = f"removing the older commits of {repo_id}"
+            _call(what, lambda: api.super_squash_history(repo_id, commit_message=message))
+            commit = str(_call(f"reading {repo_id}", lambda: _info(api, repo_id)).sha)
+        _call(f"making {repo_id} public", lambda: api.update_repo_settings(repo_id, private=False))
+    return commit
+
+
+def _commit(api: HfApi, repo_id: str, folder: Path, message: str) -> str:
+    """Commits what differs, and returns the newest commit's id."""
     for wait in (*WAITS, None):
         info = _call(f"reading {repo_id}", lambda: _info(api, repo_id))
         operations = _differences(info, folder)
@@ -174,13 +193,14 @@ def _find(api: HfApi, repo_id: str) -> ModelInfo | None:
     return _call(f"looking for {repo_id}", find)
 
 
-def _ensure_repository(api: HfApi, repo_id: str, private: bool) -> None:
+def _ensure_repository(api: HfApi, repo_id: str, private: bool) -> bool:
+    """Whether the repository, which exists now, has still to become public."""
     info = _find(api, repo_id)
     if info is None:
         _call(f"creating {repo_id}", lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-    elif info.private != private:
-        visibility = "private" if private else "public"
-        _call(f"making {repo_id} {visibility}", lambda: api.update_repo_settings(repo_id, private=private))
+    elif private and not info.private:
+        _call(f"making {repo_id} private", lambda: api.update_repo_settings(repo_id, private=True))
+    return info is not None and bool(info.private) and not private
 
 
 def _info(api: HfApi, repo_id: str) -> ModelInfo:

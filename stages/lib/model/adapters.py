@@ -10,13 +10,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stages.lib.model.loading import DTYPES, cast_linear_layers, freeze, load_causal_lm, own_memory, save_model
+from stages.lib.model.loading import (
+    DTYPES,
+    cast_linear_layers,
+    freeze,
+    load_causal_lm,
+    own_memory,
+    return_freed_memory,
+    save_model,
+)
 from stages.lib.run.artefacts import read_json, write_json
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Section
@@ -60,7 +68,7 @@ def add_adapters(
         PEFT's view of the model, whose only trainable parameters are the adapters' and such a head's.
 
     Raises:
-        UserError: no layer of the model has a name that `lora.targets` lists.
+        UserError: no layer of the model has a name that `lora.targets` lists, or the output layer has one.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -80,6 +88,8 @@ def add_adapters(
         adapted = get_peft_model(model, config)  # adapters of half-precision layers are float32 (PEFT 0.21)
     except ValueError as error:
         raise UserError(f"params.yaml: lora.targets does not fit {type(model).__name__}: {error}") from error
+    if task == "CAUSAL_LM" and has_adapter(cast(nn.Module, model.get_output_embeddings())):
+        raise UserError("params.yaml: lora.targets names the output layer, whose adapter no loss here would train")
     adapted.eval()
     for layer in _adapted_layers(model):
         layer.cast_input_dtype_enabled = False  # autocast does it, and once for the layers that share their input
@@ -141,8 +151,7 @@ class TrainedWeights:
 def save_adapted(
     adapted: "PeftModel",
     weights: dict[str, Tensor],
-    root: Path,
-    base: str,
+    base: Path,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     load: Callable[[Path], PreTrainedModel] = load_causal_lm,
@@ -151,7 +160,7 @@ def save_adapted(
 
     Args:
         weights: of the model, under its own names; those of the adapters are taken.
-        base: the model that the adapters were put on, a folder under `root`; the adapters name it as their base.
+        base: the model that the adapters were put on, models/<name>; so the adapters name it.
         load: reads it, in fp32.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -161,8 +170,9 @@ def save_adapted(
         )
         (adapter / "README.md").unlink()  # PEFT's form of a card
         settings = read_json(adapter / "adapter_config.json")
-        write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": base})
-        save_model(merged(load(root / base), adapter), tokenizer, folder, beside={FOLDER: adapter})
+        write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": f"models/{base.name}"})
+        return_freed_memory()  # of training: the base is mapped from its file, not allocated
+        save_model(merged(load(base), adapter), tokenizer, folder, beside={FOLDER: adapter})
 
 
 def merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:

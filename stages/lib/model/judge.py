@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from stages.lib.model.answer_means import answer_means
 from stages.lib.run.artefacts import atomic_path, read_json, write_json
 from stages.lib.run.errors import UserError
 
@@ -34,7 +32,7 @@ class Judge:
     weight: Tensor
 
     def scores(self, features: Tensor) -> Tensor:
-        """(N, H) features as `judge_features` gives them to (N,) scores, float32."""
+        """(N, H) features of the judge's layer, one of `answer_means`, to (N,) scores, float32."""
         return (features - self.mean) / self.scale @ self.weight
 
 
@@ -55,19 +53,6 @@ def load_judge(folder: Path) -> Judge:
     if not (folder / "judge.safetensors").exists():
         raise UserError(f"{folder}: no judge there; run: dvc repro train_judge")
     return Judge(**read_json(folder / "judge.json"), **load_file(folder / "judge.safetensors"))
-
-
-def judge_features(
-    model: PreTrainedModel,
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    layer: int,
-    micro_batch_tokens: int,
-    precision: str,
-    progress: str | None = None,
-) -> Tensor:
-    """What the judge reads of N answers: (N, H), one layer of `answer_means`."""
-    return answer_means(model, prompts, responses, [layer], micro_batch_tokens, precision, progress)[0]
 
 
 def fit_judge(differences: np.ndarray, strength: float, weights: np.ndarray) -> np.ndarray:

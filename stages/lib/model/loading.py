@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -88,11 +88,21 @@ def _keep_freed_memory() -> None:
 
     Halves the time of the fresh buffers that every micro-batch needs. Does nothing where libc has no mallopt.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
+    if mallopt := _of_libc("mallopt"):
         m_mmap_max, m_trim_threshold = -4, -1  # malloc.h
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Gives the kernel back what is kept: before memory that does not come from the heap, such as a mapped file."""
+    if malloc_trim := _of_libc("malloc_trim"):
+        malloc_trim(0)
+
+
+def _of_libc(name: str) -> Any:
+    """A function of glibc's, or None where there is none of that name."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def pick_precision(precision: str, device: torch.device) -> str:
@@ -128,7 +138,11 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def make_accelerator(device: torch.device, precision: str) -> Accelerator:
-    """Accelerate's view of `device` and `precision`; processes come from torchrun or `accelerate launch`."""
+    """Accelerate's view of `device` and `precision`; processes come from torchrun or `accelerate launch`.
+
+    Raises:
+        UserError: accelerate would compute in another precision.
+    """
     mixed_precision = "no" if precision == "fp32" else precision
     accelerator = Accelerator(
         cpu=device.type == "cpu",
@@ -141,6 +155,8 @@ def make_accelerator(device: torch.device, precision: str) -> Accelerator:
     if accelerator.mixed_precision != mixed_precision:
         # accelerate 1.15 keeps the first precision of a process; under a launcher its own setting could win
         raise UserError(f"precision {precision} was asked for, accelerate runs {accelerator.mixed_precision}")
+    if accelerator.native_amp != (precision != "fp32"):  # it would compute in fp32 without a word
+        raise UserError(f"accelerate has no autocast to {precision} on {device.type}; name another base.precision")
     return accelerator
 
 

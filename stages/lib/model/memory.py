@@ -94,18 +94,24 @@ def let_go(device: torch.device | None) -> None:
 
 
 def memory_dial(
-    asked: MicroBatchTokens, on_cpu: int, model: PreTrainedModel, stage: str, training: bool = False
+    asked: MicroBatchTokens,
+    on_cpu: int,
+    model: PreTrainedModel,
+    stage: str,
+    training: bool = False,
+    parts: int = 1,
 ) -> MemoryDial:
     """The dial as the parameters ask for it; `auto` is what fits, and on a CPU what was measured to be fastest there.
 
     Args:
         on_cpu: tokens.
         model: on its device, where all that stays is already, but gradients and optimizer state if `training`.
+        parts: of these two, one of which the device holds.
     """
     device = model.device
     if asked == "auto":
         free = free_memory(device)
-        asked = on_cpu if free is None else tokens_that_fit(free, model, training)
+        asked = on_cpu if free is None else tokens_that_fit(free, model, training, parts)
     return MemoryDial(asked, stage, device)
 
 
@@ -114,14 +120,15 @@ def max_dial(asked: MicroBatchTokens) -> MicroBatchTokens:
     return asked if asked == "auto" else max(asked, WITHOUT_GRADIENT)
 
 
-def tokens_that_fit(free: float, model: PreTrainedModel, training: bool) -> int:
+def tokens_that_fit(free: float, model: PreTrainedModel, training: bool, parts: int = 1) -> int:
     """Tokens that a pass through `model` may have with so many bytes free."""
     config = model.config.get_text_config()
     features = config.hidden_size + (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     per_token = 4 * features * HELD_WITHOUT_GRADIENT
     if training:
         per_token += 4 * features * KEPT_IN_TRAINING * config.num_hidden_layers
-        free -= 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # gradients, two moments
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        free -= 12 * trained / parts  # gradients, two moments
     return int(min(MOST, max(FEWEST, SHARE * free / per_token)))
 
 

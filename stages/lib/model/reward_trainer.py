@@ -61,31 +61,39 @@ def collate_features(rows: list[dict]) -> dict[str, Tensor]:
     return {"features": torch.stack(features), "attention_mask": torch.tensor(tokens)}
 
 
-class KeepAtRows(TrainerCallback):
-    """The trainer's own checkpoints, when one is due: at rows of the history, where no figure is half a mean.
-
-    Asked to end, it ends after the step; what came after the last row is done again.
-    """
+class EndWhenAsked(TrainerCallback):
+    """Asked to end, the trainer ends after the step."""
 
     def __init__(self, checkpoints: Checkpoints):
         self.checkpoints = checkpoints
 
     def on_step_end(self, args: RewardConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_training_stop |= self.checkpoints.asked_to_end and state.global_step < state.max_steps
+
+
+class KeepAtRows(EndWhenAsked):
+    """The trainer's own checkpoints, when one is due: at rows of the history, where no figure is half a mean.
+
+    What came after the last row is done again.
+    """
+
+    def on_step_end(self, args: RewardConfig, state: TrainerState, control: TrainerControl, **how: Any) -> None:
+        super().on_step_end(args, state, control, **how)
         asked = self.checkpoints.asked_to_end and state.global_step < state.max_steps
         control.should_save = control.should_log and (asked or self.checkpoints.due())
-        control.should_training_stop |= asked
 
     def on_save(self, args: RewardConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.checkpoints.saved()
 
 
 def run_trainer(
-    trainer: RewardTrainer, num_steps: int, checkpoints: Checkpoints | None = None
+    trainer: RewardTrainer, num_steps: int, checkpoints: Checkpoints, **kept: Tensor
 ) -> tuple[list[dict[str, float]], int]:
     """Trains for `num_steps`.
 
     Args:
-        checkpoints: of a trainer that keeps its own in its `output_dir`, by `KeepAtRows`: it goes on from the last one.
+        checkpoints: of the stage. A trainer that keeps its own in its `output_dir`, by `KeepAtRows`, goes on from them.
+        kept: what the stage's own holds where the trainer keeps none.
 
     Returns:
         The history, a row per logged step; and the number of optimizer steps that the trainer made.
@@ -96,9 +104,11 @@ def run_trainer(
     """
     trainer.remove_callback(PrinterCallback)  # history.csv has it
     folder = Path(str(trainer.args.output_dir))
-    last = last_whole(folder) if checkpoints else None
+    last = last_whole(folder)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if checkpoints and trainer.state.global_step < num_steps and checkpoints.asked_to_end:
+    if trainer.state.global_step < num_steps and checkpoints.asked_to_end:
+        if kept:
+            checkpoints.save_if_due(**kept)  # and raises Stopped
         checkpoints.stop(saved=last_whole(folder) is not None)
     assert trainer.state.global_step == num_steps, f"{trainer.state.global_step} steps instead of {num_steps}"
     return history_of(trainer.state.log_history), trainer.state.global_step

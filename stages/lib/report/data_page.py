@@ -25,12 +25,26 @@ REASONS = {  # of dropped rows, in words; others are spelt by their name
 }
 
 
+OTHERS = "unseen texts and evaluation prompts included"
+
+
 class Lengths(NamedTuple):
     """Tokens of each pair's texts before anything is cut."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+
+    def cut(self, limits: Mapping[str, int | None]) -> "Lengths":
+        """What the limits of tokenize_pairs leave."""
+        prompt = [_within(n, limits["max_prompt_length"]) for n in self.prompt]
+        whole = limits["max_length"]
+        rooms = [None if whole is None else whole - n for n in prompt]
+        answers = (
+            [_within(n, limits["max_completion_length"], room) for n, room in zip(side, rooms, strict=True)]
+            for side in (self.chosen, self.rejected)
+        )
+        return Lengths(prompt, *answers)
 
 
 class Segment(NamedTuple):
@@ -91,9 +105,9 @@ def data_page(
     return DataPage(
         title="The pairs, before training",
         lede=f"{profile['pairs']:,} preference pairs of {fetched['source']}: {counts}.{looked_at}",
-        warnings=warnings(fetched, tokenized, profile, rankers, ranker_sentence),
+        warnings=warnings(fetched, profile, rankers, ranker_sentence, lengths, limits),
         counts=count_table(fetched, tokenized),
-        facts=facts(fetched, tokenized, profile),
+        facts=facts(fetched, profile, lengths.cut(limits)),
         charts=length_charts(lengths, limits),
         scripts=Table(
             ["Script of the chosen answer", "Pairs"], [[k, f"{n:,}"] for k, n in profile["scripts"].items()]
@@ -112,10 +126,11 @@ def data_page(
 
 def warnings(
     fetched: Mapping[str, Any],
-    tokenized: Mapping[str, Any],
     profile: Mapping[str, Any],
     rankers: Mapping[str, Interval],
     ranker_sentence: str,
+    lengths: Lengths,
+    limits: Mapping[str, int | None],
 ) -> list[str]:
     """What stands out, a sentence each."""
     found = []
@@ -130,9 +145,13 @@ def warnings(
     for name, count in fetched["suspicious"].items():
         if count:
             found.append(f"{count:,} pairs {SUSPICIONS[name]}.")
-    texts = 3 * sum(tokenized[f"{split}_pairs"] for split in ("train", "heldout", "judge"))
-    if (cut := sum(tokenized["cut"].values())) > MANY * texts:
-        found.append(f"{cut:,} texts are cut to a limit of tokenize_pairs: what tells answers apart may be gone.")
+    parts = zip(lengths, lengths.cut(limits), strict=True)
+    cut = [short < whole for wholes, shorts in parts for whole, short in zip(wholes, shorts, strict=True)]
+    if sum(cut) > MANY * len(cut):
+        found.append(
+            f"{sum(cut):,} of the pairs' {len(cut):,} texts are cut to a limit of tokenize_pairs: what tells answers "
+            "apart may be gone."
+        )
     scripts = [name for name in profile["scripts"] if name != NO_LETTERS]
     if len(scripts) > 1:
         found.append(f"The answers are in several scripts: {', '.join(scripts)}.")
@@ -144,16 +163,14 @@ def count_table(fetched: Mapping[str, Any], tokenized: Mapping[str, Any]) -> Tab
     rows = [["Rows read", f"{fetched['read']:,}"]]
     rows += [[f"Dropped: {_reason(name)}", f"{n:,}"] for name, n in fetched["dropped"].items()]
     rows.append(["Pairs left", f"{fetched['kept']:,}"])
-    rows += [[f"Then left out: {_reason(name)}", f"{n:,}"] for name, n in tokenized["dropped"].items()]
-    rows += [[f"Texts cut to {name}, unseen ones included", f"{n:,}"] for name, n in tokenized["cut"].items() if n]
+    rows += [[f"Then left out, {OTHERS}: {_reason(name)}", f"{n:,}"] for name, n in tokenized["dropped"].items()]
+    rows += [[f"Texts cut to {name}, {OTHERS}", f"{n:,}"] for name, n in tokenized["cut"].items() if n]
     return Table(["Rows, pairs, texts", "Number"], rows)
 
 
-def facts(
-    fetched: Mapping[str, Any], tokenized: Mapping[str, Any], profile: Mapping[str, Any]
-) -> list[tuple[str, str]]:
-    """Where the pairs come from, turns, prompts, lengths."""
-    repeated, lengths = profile["repeated"], tokenized["lengths"]
+def facts(fetched: Mapping[str, Any], profile: Mapping[str, Any], lengths: Lengths) -> list[tuple[str, str]]:
+    """Where the pairs come from, turns, prompts, lengths once cut."""
+    repeated = profile["repeated"]
     turns = ", ".join(
         f"{turns} message{'' if turns == '1' else 's'} in {count:,}" for turns, count in fetched["turns"].items()
     )
@@ -168,11 +185,9 @@ def facts(
         ("Prompts have", f"{turns} pairs"),
         ("Different prompts", f"{repeated['prompts']:,}{more}"),
     ]
-    for part in ("prompt", "chosen", "rejected"):
-        row = lengths[part]
-        found.append(
-            (f"Tokens, {part}", f"{row['mean']:.0f} in the mean, {row['max']:,} in the longest, once cut")
-        )
+    for part, sizes in lengths._asdict().items():
+        mean = sum(sizes) / len(sizes)
+        found.append((f"Tokens, {part}", f"{mean:.0f} in the mean, {max(sizes):,} in the longest, once cut"))
     return found
 
 
@@ -223,6 +238,10 @@ def segments(
         mark = Segment(f"{missing:,} tokens cut", "cut")
         found = [*found, mark] if list(ids) == list(whole[: len(ids)]) else [mark, *found]
     return found
+
+
+def _within(size: int, *limits: int | None) -> int:
+    return min(size, *(limit for limit in limits if limit is not None))
 
 
 def _reason(name: str) -> str:

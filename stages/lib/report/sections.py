@@ -31,7 +31,7 @@ MODEL_STAGES = (
     "analyze_logps",
 )
 STAGES = (*DATA_STAGES, *MODEL_STAGES, "publish_hub")
-PARAMETERS = ("base", *DATA_STAGES, *MODEL_STAGES)  # the sections that the numbers depend on
+PARAMETERS = ("base", "lora", *DATA_STAGES, *MODEL_STAGES)  # the sections that the numbers depend on
 NONE = "\N{EM DASH}"
 BACKBONES = {
     "frozen": "the frozen base",
@@ -66,10 +66,13 @@ def lede(files: ReportFiles) -> str:
     name = (files.metric("fetch_base", "hub_id") or "A local model").split("/")[-1]
     size = files.metric("fetch_base", "parameters") / 1e6
     train, heldout = (files.metric("fetch_pairs", f"{split}_pairs") for split in ("train", "heldout"))
+    met = files.metric("train_dpo", "pairs_met")
+    some = "" if met == train else f", which met {met:,} of them"
     return (
         f"{name} ({size:.4g} million parameters), trained on {train:,} preference pairs of "
-        f"{files.metric('fetch_pairs', 'source')}: directly (DPO), and on the score of a reward model learnt from "
-        f"the same pairs (PPO). Judged on {heldout:,} pairs whose prompts no training saw."
+        f"{files.metric('fetch_pairs', 'source')}: directly (DPO{some}), and on the score of a reward model "
+        f"learnt from the same pairs (PPO). Answers are judged on {files.metric('score_responses', 'prompts'):,} "
+        f"prompts, rankings on {heldout:,} pairs; no training saw any of them."
     )
 
 
@@ -83,6 +86,8 @@ def setup(files: ReportFiles, params: dict[str, Any]) -> list[tuple[str, str]]:
     dpo_steps, reward_steps = (files.metric(stage, "steps") for stage in ("train_dpo", "train_reward"))
     keys = ("episodes", "updates", "kept_update", "stopped_early")
     episodes, updates, kept_update, stopped_early = (files.metric("train_ppo", key) for key in keys)
+    met, copies = (files.metric("train_dpo", key) for key in ("pairs_met", "hard_negatives_met"))
+    lora, adapters = params["lora"], f"; adapters of rank {params['lora']['rank']} were trained"
     stopped = f" Stopped early at {stopped_early}." if stopped_early else ""
     return [
         (
@@ -98,7 +103,8 @@ def setup(files: ReportFiles, params: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "DPO",
             f"{dpo['loss']} loss, beta {dpo['beta']:g}, learning rate {_rate(dpo['learning_rate'])}, "
-            f"{_times(dpo_steps, 'step')} of {dpo['batch_size']} pairs",
+            f"{_times(dpo_steps, 'step')} of {dpo['batch_size']} pairs: {met:,} of the preference pairs and {copies:,} "
+            f"corrupted copies were met{adapters if lora['rank'] else ''}",
         ),
         (
             "Reward model",
@@ -110,7 +116,7 @@ def setup(files: ReportFiles, params: dict[str, Any]) -> list[tuple[str, str]]:
             f"from the {'base' if ppo['policy'] == 'base' else 'DPO'} model, {_times(episodes, 'episode')} in "
             f"{_times(updates, 'update')}, answers of up to {ppo['response_length']} tokens, "
             f"KL price {ppo['kl_coef']:g}, learning rate {_rate(ppo['learning_rate'])}; the policy of update "
-            f"{kept_update} was kept.{stopped}",
+            f"{kept_update} was kept{adapters if lora['rank'] else ''}.{stopped}",
         ),
     ]
 

@@ -28,7 +28,7 @@ RIDGE = 30.0  # on weights of features of length sqrt(H)
 class Critic(Stateful, Protocol):
     """Values of the states before each token, learned from the returns that followed.
 
-    `share` is this process's share of a rollout, and `features` are its (N, H) of `FrozenSide.judge`.
+    `share` is this process's share of a rollout, and `features` are its (N, H) of `FrozenSide.opinions`.
     """
 
     def values(self, share: Rollout, features: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -50,6 +51,7 @@ class Learner:
         """
         self.model = cast(PreTrainedModel, module.model)
         self.accelerator, self.dial, self.max_grad_norm = accelerator, dial, max_grad_norm or math.inf
+        dial.tokens = min(gather_object([dial.tokens]))  # all processes plan the same passes
         trained = [weight for weight in module.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, fused=True)
         self.module, self.optimizer = accelerator.prepare(module, optimizer)

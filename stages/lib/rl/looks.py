@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.lib.data.repetition import rep_n
 from stages.lib.model.logps import TokenLogps, read_answers
+from stages.lib.model.memory import MemoryDial
 from stages.lib.rl.rewards import sum_by_answer
 from stages.lib.rl.rollout import Rollout
 from stages.lib.run.artefacts import write_parquet
@@ -67,17 +68,22 @@ class Course:
         for name, values in rows.items():
             self.columns.setdefault(name, []).extend(values)
 
-    def compare_with(self, reference: TokenLogps, prompts: list[list[int]], precision: str) -> None:
+    def compare_with(
+        self, reference: TokenLogps, prompts: list[list[int]], precision: str, dial: MemoryDial
+    ) -> None:
         """Fills in the reference's log-probs of all answers.
 
         Args:
             reference: at the temperature that the answers were sampled at.
             prompts: token ids, in the order of `prompt_ids`.
+            dial: tokens of a forward pass.
         """
         responses = self.columns.get("response_ids", [])
         asked = prompts * (len(responses) // len(prompts))
         if responses:
-            logps, _ = read_answers(reference, asked, responses, 4096, precision, "course under the reference")
+            work = reference, asked, responses
+            label = "course under the reference"
+            logps, _ = dial.run(read_answers, *work, precision=precision, progress=label)
             lengths = torch.tensor([len(response) for response in responses])
             self.columns["ref_logp"] = sum_by_answer(logps, lengths).tolist()
 

@@ -17,6 +17,7 @@ from stages.lib.model.generate import generate, in_precision
 from stages.lib.model.loading import freeze
 from stages.lib.model.logps import TokenLogps, read_answers
 from stages.lib.model.memory import MemoryDial
+from stages.lib.run.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,15 @@ class Actor:
         """This process's share of the prompts, by place, and one response to each; EOS included, never empty.
 
         The random numbers belong to the prompt's place, so that the answers do not depend on who samples them.
+
+        Raises:
+            UserError: there are fewer prompts than processes.
         """
+        if len(prompts) < self.accelerator.num_processes:
+            raise UserError(
+                f"{self.accelerator.num_processes} processes and {len(prompts)} prompts to answer: LAUNCH fewer, or "
+                "raise look_prompts, batch_size or score_norm_episodes, whichever asked for so few"
+            )
         if self.sampler is not self.policy.model:
             for copied, trained in zip(self.sampler.parameters(), self.policy.model.parameters(), strict=True):
                 if copied is not trained:

@@ -199,9 +199,10 @@ class Checkpoints:
         return signal.Signals(int(number)).name if number else None
 
     def _mention_the_others(self) -> None:
-        others = [path for path in self.path.parent.parent.glob("*/checkpoint.pt")]
+        others = [path for path in self.path.parent.parent.glob("*") if path.is_dir()]
         if others:
-            size = sum(path.stat().st_size for path in others) / 1e6
+            files = [path for other in others for path in other.rglob("*") if path.is_file()]
+            size = sum(path.stat().st_size for path in files) / 1e6
             print(f"{self.stage}: {self.path.parent.parent} keeps {len(others)} unfinished run(s), {size:,.0f} MB")
 
 
