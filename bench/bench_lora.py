@@ -40,7 +40,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=24, help="pairs that count, after one batch to warm up")
     parser.add_argument("--batch-size", type=int, default=8, help="of DPO: pairs per optimizer step")
     parser.add_argument("--updates", type=int, default=2, help="of PPO, after one to warm up")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each side, alternating")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side of DPO, alternating")
+    parser.add_argument("--ppo-rounds", type=int, default=3, help="the same of PPO")
     parser.add_argument("--output", type=Path, help="default: bench/results/lora_<device>.json")
     return parser.parse_args(arguments)
 
@@ -124,9 +125,11 @@ def main(arguments: list[str]) -> dict[str, Any]:
     sides = {"full": lora | {"rank": None}, "lora": lora | {"rank": options.rank}}
     found = {
         "dpo": summary_of(measure_dpo(options, sides, options.rounds)),
-        "ppo": summary_of(measure_ppo(options, sides, options.rounds)),
+        "ppo": summary_of(measure_ppo(options, sides, options.ppo_rounds)),
     }
-    settings = {name: getattr(options, name) for name in ("rank", "pairs", "batch_size", "updates", "rounds")}
+    settings = {
+        name: getattr(options, name) for name in ("rank", "pairs", "batch_size", "updates", "rounds", "ppo_rounds")
+    }
     result = found | {"settings": settings} | circumstances(torch.device(options.device))
     path = options.output or REPO / f"bench/results/lora_{options.device}.json"
     write_json(path, round_floats(result, 4))

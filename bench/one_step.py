@@ -31,7 +31,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "base": {"precision": "auto"},
     "lora": {"rank": 16},
     "fetch_base": {"path": "random"},
-    "fetch_pairs": {"max_pairs": 60, "eval_prompts": False},
+    "fetch_pairs": {"eval_prompts": False},
     "tokenize_pairs": {"max_length": 1024, "max_prompt_length": 256},
     "train_dpo": {"max_steps": 1, "look_prompts": 2, "response_length": 128},
     "train_ppo": {"episodes": 8, "look_prompts": 2, "response_length": 128, "warmup_updates": 0},

@@ -21,7 +21,8 @@ def test_summary_by_hand():
 @pytest.mark.slow  # five processes
 def test_runs_both_sides_of_both_trainings(tiny_base, tmp_path):
     output = tmp_path / "result.json"
-    sizes = ["--pairs", "4", "--batch-size", "4", "--updates", "1", "--rounds", "1", "--rank", "2"]
+    sizes = ["--pairs", "4", "--batch-size", "4", "--updates", "1", "--rank", "2"]
+    sizes += ["--rounds", "1", "--ppo-rounds", "1"]
     bench_lora.main(["--base", str(tiny_base / "models/base"), "--output", str(output), *sizes])
     result = json.loads(output.read_text())
     for training in ("dpo", "ppo"):
