@@ -11,6 +11,7 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
+from stages.lib.report.sections import PARAMETERS
 from stages.lib.run.deps import BOOKKEEPING, with_code_deps
 from stages.lib.run.params import Base, load_params
 from tests.conftest import REPO, dvc
@@ -119,6 +120,10 @@ def test_every_section_of_params_belongs_to_a_stage():
     assert list(sections) == ["base", "lora", *IN_ORDER]
 
 
+def test_the_page_is_made_anew_for_every_parameter_that_it_prints():
+    assert set(PARAMETERS) <= set(PIPELINE["stages"]["build_report"]["params"])
+
+
 def _name(entry: str | dict) -> str:
     return entry if isinstance(entry, str) else next(iter(entry))
 
@@ -208,7 +213,7 @@ def line_added_to(name: str, line: str):
             {"inspect_pairs", "analyze_logps"} | AFTER_SCORES,
         ),
         (line_added_to("stages/lib/report/data.html.jinja", "\nA sentence.\n"), {"inspect_pairs", "build_report"}),
-        (change_of("inspect_pairs.rows", 3), {"inspect_pairs"}),
+        (change_of("inspect_pairs.rows", 3), {"inspect_pairs", "build_report"}),
         (change_of("judge_responses.prompts", 8), {"judge_responses", "build_report"}),
         (change_of("publish_hub.name", "another-name"), {"publish_hub"}),
         (line_added_to("stages/lib/hub/card.md.jinja", "\nA sentence.\n"), {"publish_hub"}),
