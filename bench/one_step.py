@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     highest = max(stages, key=lambda stage: stages[stage]["peak_memory_mb"])
     result = {"parameters": parameters, "highest": highest, **stages[highest], "stages": stages}
     result |= {"changes": CHANGES} | circumstances(torch.device("cpu"))
-    write_json(options.output, round_floats(result, 1))
+    write_json(options.output, round_floats(result))
     print(f"wrote {options.output}: {highest} peaked at {stages[highest]['peak_memory_mb']:,.0f} MB")
     return result
 
