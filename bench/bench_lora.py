@@ -57,18 +57,13 @@ def measure_dpo(options: argparse.Namespace, sides: dict[str, dict], rounds: int
         "num_pairs": len(rows),
         "reference_micro_batch_tokens": "auto",
     }
-    runs: dict[str, list[dict]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
         bench_dpo.prepare(Path(folder), options.base, rows, params)
         spec |= {"root": folder, "train_dpo": params.model_dump(), "stages": ["reference_logps"]}
         in_fresh_process("bench.dpo_ours", spec)
-        for _ in range(rounds):
-            for side, lora in sides.items():
-                asked = spec | {"train_dpo": params.model_dump() | {"lora": lora}, "stages": ["train_dpo"]}
-                run = in_fresh_process("bench.dpo_ours", asked)
-                runs[side].append(run | {"speed": options.pairs / run["seconds"]})
-                print_run("DPO", side, runs[side][-1])
-    return runs
+        spec |= {"stages": ["train_dpo"]}
+        specs = {side: spec | {"train_dpo": params.model_dump() | {"lora": lora}} for side, lora in sides.items()}
+        return alternate("DPO", "bench.dpo_ours", specs, rounds, options.pairs)
 
 
 def measure_ppo(options: argparse.Namespace, sides: dict[str, dict], rounds: int) -> dict[str, list[dict]]:
@@ -78,24 +73,27 @@ def measure_ppo(options: argparse.Namespace, sides: dict[str, dict], rounds: int
     bf16 = pick_precision("auto", torch.device(options.device)) == "bf16"
     spec = {"device": options.device, "seed": SEED, "updates": options.updates, "bf16": bf16, **shapes}
     spec |= {"micro_batch_tokens": "auto"}
-    runs: dict[str, list[dict]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
         bench_ppo.prepare(options.base, Path(folder), SEED, shapes["batch_size"] * (options.updates + 1))
-        for _ in range(rounds):
-            for side, lora in sides.items():
-                asked = spec | {"root": folder, "train_ppo": settings | {"lora": lora}}
-                run = in_fresh_process("bench.ppo_ours", asked)
-                runs[side].append(run | {"speed": run["episodes"] / run["seconds"]})
-                print_run("PPO", side, runs[side][-1])
+        spec |= {"root": folder}
+        specs = {side: spec | {"train_ppo": settings | {"lora": lora}} for side, lora in sides.items()}
+        return alternate("PPO", "bench.ppo_ours", specs, rounds, shapes["batch_size"] * options.updates)
+
+
+def alternate(what: str, module: str, specs: dict[str, dict], rounds: int, count: int) -> dict[str, list[dict]]:
+    """Runs of every side in turn, each with its `speed`: `count` pairs or episodes over its seconds."""
+    runs: dict[str, list[dict]] = {side: [] for side in specs}
+    for _ in range(rounds):
+        for side, spec in specs.items():
+            run = in_fresh_process(module, spec)
+            run["speed"] = count / run["seconds"]
+            runs[side].append(run)
+            print(
+                f"{what} {side}: {run['speed']:.3f} a second, {run['whole_peak_memory_mb']:,.0f} MB, "
+                f"busy elsewhere {run['busy_elsewhere']:.0%}",
+                flush=True,
+            )
     return runs
-
-
-def print_run(what: str, side: str, run: dict[str, Any]) -> None:
-    print(
-        f"{what} {side}: {run['speed']:.3f} a second, {run['whole_peak_memory_mb']:,.0f} MB, "
-        f"busy elsewhere {run['busy_elsewhere']:.0%}",
-        flush=True,
-    )
 
 
 def summary_of(runs: dict[str, list[dict]]) -> dict[str, Any]:

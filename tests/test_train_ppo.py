@@ -341,9 +341,8 @@ def test_kl_coef_follows_its_target(root):
 def test_looks_are_compared_at_one_price_whatever_becomes_of_kl_coef(root):
     params = PARAMS.replace(kl_target=1e-6, kl_coef=0.5, missing_eos_penalty=0.0, look_every=1)
     rows, looks = run(root, params), looks_of(root)
-    assert (
-        rows[2]["objective/kl_coef"] != 0.5
-    )  # scores are not normalised here: the objective is they, less the price
+    # scores are not normalised here: the objective is they, less the price
+    assert rows[2]["objective/kl_coef"] != 0.5
     assert [row["objective"] for row in looks] == pytest.approx([row["score"] - 0.5 * row["kl"] for row in looks])
     assert metrics_of(root)["kl_coef"] == 0.5
 

@@ -5,7 +5,6 @@ import random
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,9 +25,9 @@ from stages.lib.model.loading import (
     set_seed,
 )
 from stages.lib.run.errors import UserError
+from tests.conftest import REPO
 
 CPU = torch.device("cpu")
-REPO = Path(__file__).resolve().parents[2]
 
 
 def draw():
