@@ -23,7 +23,7 @@ GPU_PAIRS ?= data/pairs_embedded.jsonl
 # tests run abreast, one process a core; tests/conftest.py says which stay together
 ABREAST ?= -n logical --maxprocesses 4
 
-.PHONY: repro test test-all lint deps install python lock check-hub bench-dpo bench-ppo bench-lora bench-generate gpu-check torch-build
+.PHONY: repro test test-all lint deps install python lock check-hub bench-dpo bench-ppo bench-lora bench-generate bench-sizes gpu-check torch-build
 
 repro: install
 	$(BIN)/python -m stages.check_paths
@@ -60,6 +60,9 @@ bench-lora: install
 
 bench-generate: install
 	$(BIN)/python -m bench.bench_generate
+
+bench-sizes: install
+	$(BIN)/python -m bench.bench_sizes
 
 # with a card of an H100's class, in about ten minutes (by estimate): its tests, the benchmarks, and the homework's
 # settings on the pairs at hand, with an eighth of its episodes

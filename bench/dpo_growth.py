@@ -37,11 +37,17 @@ def random_pairs(count: int, length: int, vocab_size: int) -> list[dict[str, lis
     ]
 
 
-def measure_point(device: str, sizes: dict[str, int], batch_size: int, length: int, steps: int) -> dict[str, Any]:
-    """Seconds per step and peak memory of `steps` steps after one to warm up."""
+def measure_point(
+    device: str, sizes: dict[str, int], batch_size: int, length: int, steps: int, rank: int | None = None
+) -> dict[str, Any]:
+    """Seconds per step and peak memory of `steps` steps after one to warm up; of adapters, if they have a rank."""
     config = smollm2_135m(**sizes)
     params = training_params(
-        schedule="constant", max_grad_norm=None, batch_size=batch_size, micro_batch_tokens=MICRO_BATCH_TOKENS
+        schedule="constant",
+        max_grad_norm=None,
+        batch_size=batch_size,
+        micro_batch_tokens=MICRO_BATCH_TOKENS,
+        lora={"rank": rank, "alpha": 32.0, "dropout": 0.0, "targets": "all-linear"},
     )
     with tempfile.TemporaryDirectory() as folder:
         pairs = random_pairs((steps + 1) * batch_size, length, config.vocab_size)
@@ -65,6 +71,7 @@ def measure_point(device: str, sizes: dict[str, int], batch_size: int, length: i
         "vocabulary": config.vocab_size,
         "tokens_per_step": 2 * batch_size * length,
         "seconds_per_step": run["seconds"] / steps,
+        "reference_seconds": run["reference_seconds"] / steps,
         "peak_memory_mb": run["peak_memory_mb"],
         "state_mb": 4 * weights / 1e6,  # weights, gradients and AdamW's two moments, fp32
         "full_logits_mb": 2 * batch_size * length * config.vocab_size * 4 / 1e6,  # what is never made

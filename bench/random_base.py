@@ -39,7 +39,14 @@ def smollm2_135m(**changes: int) -> LlamaConfig:
     )
 
 
-#: what is other in SmolLM2-1.7B
+#: what is other in SmolLM2-360M and SmolLM2-1.7B
+SMOLLM2_360M = {
+    "hidden_size": 960,
+    "intermediate_size": 2560,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 15,
+    "num_key_value_heads": 5,
+}
 SMOLLM2_1_7B = {
     "hidden_size": 2048,
     "intermediate_size": 8192,
