@@ -83,9 +83,9 @@ def measure_training(spec: dict[str, Any], base: Base, root: Path, device: torch
     """Seconds from the start of the second optimizer step to the end of the last, their tokens, all losses."""
     run_batch, marks = train_dpo.run_batch, []
 
-    def marked(*args: Any, train: bool, **how: Any) -> dict[str, float]:
-        marks.append((train, now(device), peak_mb(device)))
-        return run_batch(*args, train=train, **how)
+    def marked(*args: Any, **how: Any) -> dict[str, float]:
+        marks.append((torch.is_grad_enabled(), now(device), peak_mb(device)))
+        return run_batch(*args, **how)
 
     train_dpo.run_batch = marked
     watch = watch_precision(train_dpo)

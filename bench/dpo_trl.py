@@ -17,6 +17,7 @@ SETTINGS = {
     "trl_default": {},
     "trl_no_checkpointing": {"activation_checkpointing": False},
     "trl_precomputed": {"activation_checkpointing": False, "precompute_ref_log_probs": True},
+    "trl_precomputed_checkpointing": {"precompute_ref_log_probs": True},
 }
 
 

@@ -67,7 +67,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     measured = {path: pd.read_csv(root / "reports" / path) for path in MEASURED}
 
     # 1. the log-prob of every text under every model; base's of the pairs are known
-    texts = collect_texts(root, params.max_train_pairs, params.max_unseen_texts, base.seed)
+    met = read_parquet(root / "data/dpo_pairs.parquet")["row"]
+    texts = collect_texts(root, met, params.max_train_pairs, params.max_unseen_texts, base.seed)
     tokens = 0
     for name in MODELS:
         todo = texts[texts["base_logp"].isna()] if name == "base" else texts
@@ -92,15 +93,18 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
 
     write_parquet(root / REPORTS / "logps.parquet", tidy(texts))
     print(f"wrote {REPORTS}/logps.parquet: {len(texts)} texts under {len(MODELS)} models")
-    write_answer(root, texts, estimates, params.confidence)
+    write_answer(root, texts, estimates, len(met), params.confidence)
     write_plots(root, texts, estimates, measured)
     return {"tokens": tokens, "device": device.type, "precision": precision}
 
 
 def collect_texts(
-    root: Path, max_train_pairs: int | None, max_unseen_texts: int | None, seed: int
+    root: Path, met: list[int], max_train_pairs: int | None, max_unseen_texts: int | None, seed: int
 ) -> pd.DataFrame:
     """A row per text: group, row, prompt_id, prompt_ids, completion_ids, tokens, base_logp where it is known.
+
+    Args:
+        met: rows of the training pairs that DPO met.
 
     Raises:
         UserError: DPO was trained on no pair, only on corrupted copies.
@@ -110,7 +114,7 @@ def collect_texts(
         pairs = pd.DataFrame(read_parquet(root / f"data/tokenized/pairs_{split}.parquet"))
         reference = pd.DataFrame(read_reference_logps(root, split))
         if split == "train":
-            pairs = pairs[pairs["row"].isin(read_parquet(root / "data/dpo_pairs.parquet")["row"])]
+            pairs = pairs[pairs["row"].isin(met)]
             if pairs.empty:
                 raise UserError(
                     "DPO met no pair itself, only corrupted copies: raise train_dpo.max_steps or batch_size"
@@ -143,13 +147,12 @@ def seen_words(words: pd.DataFrame, texts: pd.DataFrame, tokenizer: PreTrainedTo
     return pd.DataFrame(columns)
 
 
-def write_answer(root: Path, texts: pd.DataFrame, estimates: dict, confidence: float) -> None:
+def write_answer(root: Path, texts: pd.DataFrame, estimates: dict, met_pairs: int, confidence: float) -> None:
     """The estimates as numbers and in words."""
     sizes = texts["group"].value_counts().to_dict()
     groups = {"train_pairs": "train_chosen", "heldout_pairs": "heldout_chosen", "unseen_texts": "unseen"}
     metrics: dict = {name: int(sizes[group]) for name, group in groups.items()}
-    met = len(read_parquet(root / "data/dpo_pairs.parquet")["row"])
-    text = answer(estimates, metrics | {"met_pairs": met}, confidence)
+    text = answer(estimates, metrics | {"met_pairs": met_pairs}, confidence)
     for name, intervals in estimates.items():
         metrics[name] = {k: v for key, interval in intervals.items() for k, v in interval.as_metrics(key).items()}
     write_json(root / REPORTS / "metrics.json", round_floats(metrics))

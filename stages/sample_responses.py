@@ -38,7 +38,7 @@ from stages.lib.model.logps import TokenLogps, read_answers
 from stages.lib.model.memory import MemoryDial
 from stages.lib.report.gallery import gallery_entries, side_by_side
 from stages.lib.run.artefacts import atomic_path, read_parquet, round_floats, write_json, write_parquet
-from stages.lib.run.draws import draw, generator
+from stages.lib.run.draws import draw, seed_of
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, Section
 from stages.lib.run.stage import run_stage
@@ -159,11 +159,6 @@ def first_prompt(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The fixed first prompt of the gallery, as token ids."""
     message = [{"role": "user", "content": FIRST_PROMPT}]
     return text_ids(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True), tokenizer)
-
-
-def seed_of(seed: int, purpose: str) -> int:
-    """A seed for the sampler's own generator."""
-    return int(generator(seed, purpose).integers(2**32))
 
 
 def repeated(asked: pd.DataFrame, count: int, use: str) -> pd.DataFrame:

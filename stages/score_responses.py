@@ -18,6 +18,7 @@ Writes  reports/score_responses/scorecard.csv        model, decoding, measure, m
 Run     dvc repro score_responses                    (untracked: python -m stages.score_responses)
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -179,7 +180,7 @@ def score(
     base = load_causal_lm(root / "models/base", device)
     reward_model = load_reward_model(root / "models/reward", device)
     judge = load_judge(root / "models/judge")
-    dial = memory_dial(micro_batch_tokens, 8192, base, "score_responses")
+    dial = partial(memory_dial, micro_batch_tokens, 8192, stage="score_responses")
     frozen = FrozenSide(base, reward_model, temperature, tokenizer, precision, dial)
     found = frozen.opinions(asked, said, read, judge.layer, progress="judge, reward model and base")
     columns = pd.DataFrame({"score": found.scores.double(), "judge": judge.scores(found.means).double()})

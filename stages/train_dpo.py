@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from accelerate import DistributedType
@@ -46,7 +46,7 @@ from stages.lib.model.loading import (
     set_seed,
 )
 from stages.lib.model.logps import CompletionLogps, TokenLogps
-from stages.lib.model.memory import max_dial, memory_dial
+from stages.lib.model.memory import memory_dial, reading_dial
 from stages.lib.model.packing import shares_prefixes
 from stages.lib.rl.dpo import dpo_losses, implicit_rewards, ipo_losses, sft_losses
 from stages.lib.rl.learner import Learner, NotFinite
@@ -54,7 +54,7 @@ from stages.lib.rl.looks import Course, babbles, habits
 from stages.lib.rl.rollout import Actor
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json, write_parquet
 from stages.lib.run.checkpoints import Checkpoints
-from stages.lib.run.draws import draw
+from stages.lib.run.draws import draw, seed_of
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, MicroBatchTokens, Section
 from stages.lib.run.stage import run_stage
@@ -125,14 +125,17 @@ class Pairs:
 
 
 def batches_of(num_pairs: int, params: Params, seed: int) -> Iterator[tuple[float, list[int]]]:
-    """(epoch after the batch, pair indices) per optimizer step: each epoch a fresh random order from the seed.
+    """(epoch after the batch, pair indices) per optimizer step: each epoch a fresh random order from the seed, which
+    is itself that of the first.
 
     The last batch of an epoch may be smaller; no pair is left out, unless `max_steps` ends the epoch early.
     """
 
     def whole_epochs() -> Iterator[tuple[float, list[int]]]:
         for epoch in range(params.epochs):
-            generator = torch.Generator().manual_seed(seed + epoch)
+            generator = torch.Generator().manual_seed(
+                seed_of(seed, f"dpo_pairs of epoch {epoch}") if epoch else seed
+            )
             order = torch.randperm(num_pairs, generator=generator).tolist()
             for start in range(0, num_pairs, params.batch_size):
                 end = min(start + params.batch_size, num_pairs)
@@ -156,13 +159,12 @@ def losses_and_metrics(
         losses = dpo_losses(*logps, params.beta, params.label_smoothing)
     else:
         lengths = (chosen_lengths, rejected_lengths) * 2
-        losses = ipo_losses(*(x / n for x, n in zip(logps, lengths, strict=True)), params.beta)
+        losses = ipo_losses(*(x / n for x, n in zip(logps, lengths, strict=True)), beta=params.beta)
     if params.sft_coef:
         losses = losses + params.sft_coef * sft_losses(chosen_logps, chosen_lengths)
 
-    chosen_rewards, rejected_rewards = implicit_rewards(*(x.detach() for x in logps), params.beta)
+    chosen_rewards, rejected_rewards = implicit_rewards(*(x.detach() for x in logps), beta=params.beta)
     metrics = {
-        "loss": losses.detach(),
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": chosen_rewards - rejected_rewards,
@@ -174,35 +176,21 @@ def losses_and_metrics(
 
 
 def run_batch(
-    learner: Learner, params: Params, pairs: Pairs, index: list[int], train: bool, micro_batch_tokens: int
+    learner: Learner, params: Params, pairs: Pairs, index: list[int], micro_batch_tokens: int
 ) -> dict[str, float]:
-    """Log-probs, losses and, in training, gradients of the pairs at `index`, a micro-batch at a time.
-
-    Gradients are of the mean loss over `index`, whatever the micro-batches and the number of processes.
+    """Log-probs, losses and, where gradients are on, those of the mean loss over the pairs at `index`.
 
     Returns:
         Means over `index` of every metric, the same on all processes.
     """
     prompts, chosen, rejected = ([of[i] for i in index] for of in (pairs.prompts, pairs.chosen, pairs.rejected))
-    lengths, accelerator = [pairs.lengths[i] for i in index], learner.accelerator
-    found: list[tuple[float, Tensor]] = []  # weight and (metrics, pairs) of each micro-batch, on the device
-    for part, weight, logps in learner.outputs(
-        [prompts, prompts], [chosen, rejected], lengths, micro_batch_tokens
-    ):
-        losses, metrics = losses_and_metrics(params, pairs, [index[i] for i in part], *logps.chunk(2))
-        if train:
-            # data-parallel wrappers average over processes; the loss is a mean over the whole batch
-            accelerator.backward(losses.sum() * (weight * accelerator.num_processes / len(index)))
-        found.append((weight, torch.stack(list(metrics.values()))))
-    # copied once a batch, and summed on the CPU: MPS has no float64
-    host = torch.cat([values for _, values in found], dim=1).cpu().double()
-    split = host.split([values.shape[1] for _, values in found], dim=1)
-    sums = torch.zeros(len(metrics), dtype=torch.float64)
-    for (weight, _), values in zip(found, split, strict=True):
-        sums += weight * torch.stack([row.sum() for row in values])
-    if accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum")
-    return dict(zip(metrics, (sums / len(index)).tolist(), strict=True))
+    lengths = [pairs.lengths[i] for i in index]
+
+    def losses_of(part: list[int], logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return losses_and_metrics(params, pairs, [index[i] for i in part], *logps.chunk(2))
+
+    texts = [prompts, prompts], [chosen, rejected]
+    return learner.mean_gradient(*texts, lengths, losses_of, len(index), micro_batch_tokens)
 
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
@@ -229,8 +217,9 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     adapted = add_adapters(model, params.lora, precision) if params.lora.rank else None
     sharded = accelerator.distributed_type == DistributedType.FSDP
     parts = accelerator.num_processes if sharded else 1
-    dial = memory_dial(params.micro_batch_tokens, 1536, model, "train_dpo", training=True, parts=parts)
-    reading = memory_dial(max_dial(params.micro_batch_tokens), 4096, model, "train_dpo")
+    on_cpu = 1024 if adapted else 1536  # beside frozen weights, what a pass keeps is most of the memory
+    dial = memory_dial(params.micro_batch_tokens, on_cpu, model, "train_dpo", training=True, parts=parts)
+    reading = memory_dial(reading_dial(params.micro_batch_tokens), 4096, model, "train_dpo")
     batches = list(batches_of(len(train), params, base.seed))
     num_steps = len(batches)
     trained_on = {i for _, index in batches for i in index}
@@ -259,7 +248,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         def batch(pairs: Pairs, index: list[int], train: bool) -> dict[str, float]:
             with adapters_learn(model) if train else torch.no_grad(), use_packed_attention(model):
                 undo = learner.optimizer.zero_grad
-                return dial.run(run_batch, learner, params, pairs, index, train=train, undo=undo)
+                return dial.run(run_batch, learner, params, pairs, index, undo=undo)
 
         def evaluate(step: int) -> None:
             metrics = batch(heldout, list(range(len(heldout))), train=False)
@@ -267,7 +256,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
 
         def look(step: int, actor: Actor) -> None:
             """What the policy now answers to a few of the judge's prompts."""
-            rollout = actor.roll_out(list(look_prompts.values()), base.seed).gathered(accelerator)
+            answered = actor.roll_out(list(look_prompts.values()), seed_of(base.seed, "looks"))
+            rollout = answered.gathered(accelerator)
             course.add(step, sum(len(index) for _, index in batches[:step]), rollout)
             looks.append(habits(rollout.responses, tokenizer))
             if (warning := babbles(looks[-1], looks[0])) and accelerator.is_main_process:
@@ -315,16 +305,19 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
                     history[-1] |= looks[-1]  # of the last look, which is not of every step
                     seen = {name: f"{looks[-1][name]:.2f}" for name in ("rep_4", "ended")}
                 log(history[-1])
-                bar.set_postfix(loss=f"{metrics['loss']:.3f}", margin=f"{metrics['rewards/margins']:.2f}", **seen)
+                seen |= {"loss": f"{metrics['loss']:.3f}", "margin": f"{metrics['rewards/margins']:.2f}"}
+                bar.set_postfix(seen)
                 if step == num_steps or (params.eval_steps and step % params.eval_steps == 0):
                     evaluate(step)
                 checkpoints.save_if_due(
                     history=history, evaluations=evaluations, course=course.columns, looks=looks
                 )
 
-        weights = accelerator.get_state_dict(learner.module)  # by all processes together: FSDP joins its parts
+        joined = cast(
+            dict[str, Tensor], accelerator.get_state_dict(learner.module)
+        )  # FSDP: of all processes' parts
         if accelerator.is_main_process:
-            weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+            weights = {name.removeprefix("model."): weight for name, weight in joined.items()}
             if adapted:
                 save_adapted(adapted, weights, root / "models/base", tokenizer, root / "models/dpo")
             else:

@@ -139,6 +139,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     write_history(root / REPORTS / "heldout_scores.csv", round_floats(table, 8))
     write_json(root / REPORTS / "metrics.json", round_floats(metrics))
     print(f"wrote models/judge: layer {best['layer']}, held-out accuracy {metrics['heldout']['accuracy']:.3f}")
+    shares = (f"{kind} {accuracy:.0%}" for kind, accuracy in metrics["by_kind"].items())
+    print("the answer over its held-out copy corrupted by each kind:", ", ".join(shares))
     for kind, accuracy in metrics["by_kind"].items():
         if accuracy < 0.5:
             print(

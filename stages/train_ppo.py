@@ -14,6 +14,7 @@ Run     dvc repro train_ppo                    (untracked: python -m stages.trai
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -28,7 +29,7 @@ from stages.lib.model import loading
 from stages.lib.model.adapters import FULL, Lora, TrainedWeights, add_adapters, save_adapted
 from stages.lib.model.frozen_side import FrozenSide
 from stages.lib.model.logps import TokenLogps
-from stages.lib.model.memory import MemoryDial, max_dial, memory_dial
+from stages.lib.model.memory import MemoryDial, memory_dial, reading_dial
 from stages.lib.model.reward import load_reward_model
 from stages.lib.rl.advantages import explained_variance, gae, leave_one_out, whiten
 from stages.lib.rl.critics import Critic, FrozenCritic, SeparateCritic, ValueHead
@@ -47,7 +48,7 @@ from stages.lib.rl.rewards import (
 from stages.lib.rl.rollout import Actor, Rollout
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.checkpoints import Checkpoints
-from stages.lib.run.draws import draw, shuffled
+from stages.lib.run.draws import draw, seed_of, shuffled
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, MicroBatchTokens, Section
 from stages.lib.run.phases import Phases
@@ -82,7 +83,7 @@ class Params(Section):
     value_warmup_updates: int = Field(ge=0)  # first updates train the critic alone
     value_learning_rate: float = Field(gt=0)  # of the separate critic, decaying linearly to 0
     cliprange_value: float = Field(gt=0)  # of the separate critic's values
-    vf_coef: float = Field(ge=0)  # weight of the separate critic's loss
+    vf_coef: float = Field(ge=0)  # weight of the separate critic's loss; AdamW does not see it, clipping does
     whiten_advantages: bool  # to mean 0 and variance 1
     gamma: float = Field(gt=0, le=1)  # discount
     lam: float = Field(gt=0, le=1)  # of GAE
@@ -167,10 +168,10 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         params.temperature,
         tokenizer,
         precision,
-        memory_dial(max_dial(params.micro_batch_tokens), 4096, policy.model, "train_ppo"),
+        partial(memory_dial, reading_dial(params.micro_batch_tokens), 4096, stage="train_ppo"),
     )
     adapted = add_adapters(policy.model, params.lora, precision) if params.lora.rank else None
-    on_cpu = 1536 if adapted else 2048  # beside frozen weights, what a pass keeps is most of the memory
+    on_cpu = 1024 if adapted else 2048  # beside frozen weights, what a pass keeps is most of the memory
     dial = memory_dial(params.micro_batch_tokens, on_cpu, policy.model, "train_ppo", training=True)
     schedule = params.schedule, params.warmup_updates, params.num_updates
     learner = Learner(policy, accelerator, dial, params.learning_rate, schedule, params.max_grad_norm)
@@ -183,9 +184,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         if not params.score_norm_episodes:
             return 0.0, 1.0
         drawn = draw(len(train), params.score_norm_episodes, base.seed, "score_norm_episodes")
-        own, _ = judged(actor.roll_out([train[i] for i in drawn], base.seed + 1), frozen)
-        rollout = own.gathered(accelerator)
-        return score_scale(rollout.raw_scores)
+        answered = actor.roll_out([train[i] for i in drawn], seed_of(base.seed, "ppo_score_scale"))
+        return score_scale(frozen_reads(answered, frozen)[0].gathered(accelerator).raw_scores)
 
     def scores_of(rollout: Rollout) -> Tensor:
         """(B,) normalised, less the penalty for answers that do not end: with the KL's price, the objective."""
@@ -195,12 +195,11 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     def look(update: int) -> None:
         """Answers the judge's prompts; the policy with the best objective yet, at a KL within max_kl, is kept."""
         with phases("looks"):
-            own, _ = judged(actor.roll_out(look_prompts, base.seed), frozen)
-            rollout = own.gathered(accelerator)
+            answered = actor.roll_out(look_prompts, seed_of(base.seed, "looks"))
+            rollout = frozen_reads(answered, frozen)[0].gathered(accelerator)
         kl = sum_by_answer(rollout.logps - rollout.ref_logps, rollout.lengths).mean().item()
-        objective = (
-            scores_of(rollout).mean().item() - params.kl_coef * kl
-        )  # one price, whatever kl_target makes of it
+        price = params.kl_coef * kl  # one price, whatever kl_target makes of it
+        objective = scores_of(rollout).mean().item() - price
         if not math.isfinite(objective):
             raise Collapse(f"the objective is {objective}")
         kept = objective > state["best"]["objective"] and kl <= params.max_kl
@@ -243,10 +242,10 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
                 prompts = [train[i] for i in prompts_of_update(len(train), params, base.seed, update)]
                 # 1. Rollout: the policy answers the prompts, and reads its answers once
                 with phases("rollout"):
-                    own = actor.roll_out(prompts, base.seed + 1 + update)
+                    own = actor.roll_out(prompts, seed_of(base.seed, f"ppo_answers of update {update}"))
                 # 2. The frozen side reads every answer once: reference log-probs, score, critic features
                 with phases("frozen side"):
-                    own, features = judged(own, frozen, with_features=critic is not None)
+                    own, features = frozen_reads(own, frozen, with_features=critic is not None)
                 with phases("critic"):
                     values = critic.values(own, features) if critic else torch.zeros_like(own.logps)
                 rollout = dataclasses.replace(own, values=values).gathered(accelerator)
@@ -317,7 +316,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     }
 
 
-def judged(rollout: Rollout, frozen: FrozenSide, with_features: bool = False) -> tuple[Rollout, Tensor]:
+def frozen_reads(rollout: Rollout, frozen: FrozenSide, with_features: bool = False) -> tuple[Rollout, Tensor]:
     """With reference log-probs and raw scores; and, if asked for, (N, H) its hidden states before the tokens."""
     said = frozen.opinions(rollout.prompts, rollout.responses, with_features=with_features)
     return dataclasses.replace(rollout, ref_logps=said.logps, raw_scores=said.scores), said.features
@@ -352,16 +351,13 @@ def update_policy(
             "entropy": entropies,
             "approxkl": 0.5 * difference**2,
             "ratio": difference.exp(),
-            "ratio_error_max": (difference.exp() - 1).abs(),
+            "ratio_error": (difference.exp() - 1).abs(),
         }
-
-    def too_far(means: dict[str, float]) -> bool:
-        return params.target_kl is not None and means["approxkl"] > params.target_kl
 
     steps: list[dict[str, float]] = []
     for answers in mini_batches:
-        steps.append(step_on(learner, rollout, answers, losses_of, forbidden=too_far))
-        if too_far(steps[-1]):
+        steps.append(step_on(learner, rollout, answers, losses_of, params.target_kl))
+        if not (steps[-1]["steps"] or steps[-1]["skipped"]):
             break
     return steps
 
@@ -395,7 +391,7 @@ def metrics_of(
         "objective/raw_scores": rollout.raw_scores.mean().item(),
         "objective/score_std": scores.std().item() if len(scores) > 1 else 0.0,
         "objective/kl_coef": kl_coef,
-        "val/first_ratio_error": steps[0]["ratio_error_max"] if steps else 0.0,  # 0 but for rounding
+        "val/first_ratio_error": steps[0]["ratio_error"] if steps else 0.0,  # 0 but for rounding
         "policy/steps": sum(int(step["steps"]) for step in steps),
         "policy/skipped": sum(int(step["skipped"]) for step in steps),
         "policy/grad_norm": mean("grad_norm", 0.0),

@@ -37,6 +37,7 @@ from stages.lib.model.loading import (
     load_tokenizer,
     pick_device,
     pick_precision,
+    require_autocast,
     save_model,
     set_seed,
 )
@@ -58,7 +59,6 @@ from stages.lib.model.reward_trainer import (
 )
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.checkpoints import Checkpoints
-from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, MicroBatchTokens, Section
 from stages.lib.run.stage import run_stage
 
@@ -218,8 +218,7 @@ def train_backbone(
         callbacks=[KeepAtRows(checkpoints)],
         optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
     )
-    if trainer.accelerator.native_amp != (precision != "fp32"):
-        raise UserError(f"accelerate has no autocast to {precision} on {device.type}; name another base.precision")
+    require_autocast(trainer.accelerator, precision)
     if trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_LOSS_SCALE)
     trainer.create_model_card = lambda *args, **how: None  # TRL writes one into every checkpoint
@@ -392,6 +391,9 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
             f"wrote models/reward and {reports}: held-out accuracy {metrics['heldout']['accuracy']:.3f}, "
             f"score gap {metrics['heldout']['margin']:.2f} over {metrics['heldout_pairs']} pairs"
         )
+        if metrics["by_kind"]:
+            shares = (f"{kind} {accuracy:.0%}" for kind, accuracy in metrics["by_kind"].items())
+            print("the better side of the held-out pairs made by each kind of corruption:", ", ".join(shares))
         for kind, accuracy in metrics["by_kind"].items():
             if accuracy < 0.5:
                 print(

@@ -177,7 +177,7 @@ def test_base_is_run_on_the_unseen_texts_alone(prepared, monkeypatch):
 
 def test_training_pairs_and_unseen_texts_are_drawn_by_seed(prepared):
     def rows(group, seed, count):
-        texts = stage.collect_texts(prepared, count, count, seed)
+        texts = stage.collect_texts(prepared, MET, count, count, seed)
         return texts[texts["group"] == group]["row"].tolist()
 
     for group, all_of_them in (("train_chosen", MET), ("unseen", [1, 2, 3, 4, 5])):

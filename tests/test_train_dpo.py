@@ -280,9 +280,9 @@ def spoilt_gradient(monkeypatch, when):
     """The loss of a training batch stays finite, its gradient does not `when(number of the try)`; rows of all tries."""
     original, tries = train_dpo.run_batch, []
 
-    def run_batch(learner, params, pairs, index, *, train, **how):
-        metrics = original(learner, params, pairs, index, train=train, **how)
-        if train:
+    def run_batch(learner, params, pairs, index, **how):
+        metrics = original(learner, params, pairs, index, **how)
+        if torch.is_grad_enabled():
             tries.append(index)
             if when(len(tries)):
                 next(learner.module.parameters()).grad[0, 0] = math.nan
@@ -376,12 +376,12 @@ def test_a_batch_is_read_from_the_device_once_and_in_no_precision_it_lacks(proje
     dial = MemoryDial(PARAMS.micro_batch_tokens)
     learner = learning.Learner(train_dpo.CompletionLogps(model), accelerator, dial, 1e-3, ("constant", 0, 1), 1.0)
     index = list(range(len(pairs)))
-    with train_dpo.use_packed_attention(model):
-        expected = dial.run(train_dpo.run_batch, learner, PARAMS, pairs, index, train=False)
+    with train_dpo.use_packed_attention(model), torch.no_grad():
+        expected = dial.run(train_dpo.run_batch, learner, PARAMS, pairs, index)
         monkeypatch.setattr(train_dpo, "losses_and_metrics", on_device)
         monkeypatch.setattr(OnGpu, "refuses_float64", True)
         OnGpu.waits.clear()
-        assert dial.run(train_dpo.run_batch, learner, PARAMS, pairs, index, train=False) == expected
+        assert dial.run(train_dpo.run_batch, learner, PARAMS, pairs, index) == expected
     assert len(calls) > 1 and dict(OnGpu.waits) == {"cpu": 1}
 
 

@@ -95,7 +95,7 @@ def test_the_frozen_side_says_all_along_what_base_and_reward_model_say_bit_for_b
     base = loading.load_causal_lm(root / "models/base")
     own = load_reward_model(root / "models/reward")
     tokenizer = loading.load_tokenizer(root / "models/reward")
-    alone = FrozenSide(base, own, LORA.temperature, tokenizer, precision, MemoryDial(4096))
+    alone = FrozenSide(base, own, LORA.temperature, tokenizer, precision, lambda _: MemoryDial(4096))
     opinions, differ = FrozenSide.opinions, []
 
     def compared(self, prompts, responses, **how):

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages import reference_logps, train_dpo, train_ppo
 from stages.lib.model import attention, generate
+from stages.lib.model.adapters import FULL
 from stages.lib.model.attention import hidden_states, runs_varlen, use_packed_attention
 from stages.lib.model.loading import autocast
 from stages.lib.model.logps import CompletionLogps
@@ -25,6 +26,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 CUDA = torch.device("cuda", 0)
 BF16 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 PRECISIONS = ["fp16", pytest.param("bf16", marks=pytest.mark.skipif(not BF16, reason="a card without bf16"))]
+ADAPTERS = FULL.replace(rank=4)
 TEXTS = [([5, 6, 7] * 30, [8, 9] * 40), ([11], [12]), ([5, 6, 7] * 9, [13] * 17), ([3, 4], [10, 2] * 100)]
 
 
@@ -156,9 +158,10 @@ def history_of(path: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", *PRECISIONS])
-def test_dpo_trains_as_on_a_cpu(project, monkeypatch, precision):  # noqa: F811
+@pytest.mark.parametrize("lora", [FULL, ADAPTERS], ids=["full", "lora"])
+def test_dpo_trains_as_on_a_cpu(project, monkeypatch, precision, lora):  # noqa: F811
     monkeypatch.setenv("DEVICE", "cpu")
-    params = test_train_dpo.PARAMS.replace(learning_rate=5e-5)
+    params = test_train_dpo.PARAMS.replace(learning_rate=5e-4 if lora.rank else 5e-5, lora=lora)
     train_dpo.main(test_train_dpo.BASE, params, project)
     expected = history_of(project / "reports/train_dpo/history.csv")
     monkeypatch.setenv("DEVICE", "cuda")
@@ -173,10 +176,12 @@ def test_dpo_trains_as_on_a_cpu(project, monkeypatch, precision):  # noqa: F811
 
 
 @pytest.mark.parametrize("precision", ["fp32", *PRECISIONS])
-@pytest.mark.parametrize("kind", test_train_ppo.KINDS)
-def test_ppo_takes_its_steps(tmp_path, tokenizer, precision, kind):
+@pytest.mark.parametrize(
+    ("kind", "lora"), [*((kind, FULL) for kind in test_train_ppo.KINDS), ("frozen", ADAPTERS), ("rloo", ADAPTERS)]
+)
+def test_ppo_takes_its_steps(tmp_path, tokenizer, precision, kind, lora):
     root = test_train_ppo.write_project(tmp_path, tokenizer)
-    params = test_train_ppo.KINDS[kind].replace(micro_batch_tokens="auto")
+    params = test_train_ppo.KINDS[kind].replace(micro_batch_tokens="auto", lora=lora)
     train_ppo.main(Base(seed=42, precision=precision), params, root)
     rows = history_of(root / "reports/train_ppo/history.csv")
     assert all(row["policy/steps"] == 4 and row["policy/grad_norm"] > 0 for row in rows)

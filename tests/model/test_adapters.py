@@ -97,6 +97,19 @@ def test_senseless_parameters_are_refused(changes):
         LORA.replace(**changes)
 
 
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["q_proj", "embed_tokens"]])
+def test_an_adapter_of_the_embedding_which_merging_would_put_into_the_output_layer_too_is_refused(
+    tiny_model, targets
+):
+    with pytest.raises(UserError, match="lora.targets names the embedding"):
+        add_adapters(tiny_model, LORA.replace(targets=targets), "fp32")
+
+
+def test_every_name_among_the_targets_is_a_layers(tiny_model):
+    with pytest.raises(UserError, match="lora.targets: no layer of LlamaForCausalLM is named nonsense_proj"):
+        add_adapters(tiny_model, LORA.replace(targets=["q_proj", "nonsense_proj"]), "fp32")
+
+
 @pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"]])
 def test_an_adapter_of_the_output_layer_which_no_loss_would_train_is_refused(tiny_model, targets):
     with pytest.raises(UserError, match="lora.targets names the output layer"):

@@ -29,7 +29,7 @@ def test_all_say_of_an_answer_what_each_says_alone(tiny_base, tokenizer, shared,
     with torch.no_grad():
         scores = [reward_model(torch.tensor([p + s])).logits.item() for p, s in zip(PROMPTS, SCORED, strict=True)]
     read = [True, False, True, True, False]
-    frozen = FrozenSide(base, reward_model, 0.7, tokenizer, "fp32", MemoryDial(micro_batch_tokens))
+    frozen = FrozenSide(base, reward_model, 0.7, tokenizer, "fp32", lambda _: MemoryDial(micro_batch_tokens))
     assert frozen.shares_backbone == shared
     found = frozen.opinions(PROMPTS, RESPONSES, read, layer=1, with_features=True)
     assert found.scores.tolist() == pytest.approx(scores, abs=1e-6)
@@ -53,7 +53,7 @@ def test_all_say_of_an_answer_what_each_says_alone(tiny_base, tokenizer, shared,
 def test_what_is_not_asked_for_is_not_there(tiny_base, tokenizer):
     reward_model = new_reward_model(tiny_base / "models/base", tokenizer.pad_token_id)
     frozen = FrozenSide(
-        load_causal_lm(tiny_base / "models/base"), reward_model, 1.0, tokenizer, "fp32", MemoryDial(99)
+        load_causal_lm(tiny_base / "models/base"), reward_model, 1.0, tokenizer, "fp32", lambda _: MemoryDial(99)
     )
     found = frozen.opinions(PROMPTS, RESPONSES, read=[False] * 5)
     assert found.logps.numel() == found.features.numel() == found.means.numel() == 0

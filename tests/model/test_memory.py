@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stages.lib.model import memory
-from stages.lib.model.memory import MemoryDial, max_dial, memory_dial, tokens_that_fit
+from stages.lib.model.memory import MemoryDial, memory_dial, reading_dial, tokens_that_fit
 
 OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
@@ -51,7 +51,7 @@ def test_where_less_cannot_help_the_error_stays(monkeypatch):
 def test_a_number_stays_and_auto_is_the_measured_best_on_a_cpu(tiny_model):
     for asked, tokens in ((77, 77), ("auto", 1536)):
         assert memory_dial(asked, 1536, tiny_model, "train_dpo", training=True).tokens == tokens
-    assert (max_dial("auto"), max_dial(77), max_dial(9000)) == ("auto", 4096, 9000)
+    assert (reading_dial("auto"), reading_dial(77), reading_dial(9000)) == ("auto", 4096, 9000)
 
 
 def test_auto_on_a_card_follows_its_memory(tiny_model, monkeypatch):

@@ -68,7 +68,8 @@ def add_adapters(
         PEFT's view of the model, whose only trainable parameters are the adapters' and such a head's.
 
     Raises:
-        UserError: no layer of the model has a name that `lora.targets` lists, or the output layer has one.
+        UserError: no layer of the model has a name that `lora.targets` lists, or the output layer or the embedding
+            has one.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -90,6 +91,12 @@ def add_adapters(
         raise UserError(f"params.yaml: lora.targets does not fit {type(model).__name__}: {error}") from error
     if task == "CAUSAL_LM" and has_adapter(cast(nn.Module, model.get_output_embeddings())):
         raise UserError("params.yaml: lora.targets names the output layer, whose adapter no loss here would train")
+    if has_adapter(model.get_input_embeddings()):  # of tied weights, merging would move the output layer too
+        raise UserError("params.yaml: lora.targets names the embedding; adapters lie beside linear layers here")
+    names = [name for name, module in model.named_modules() if has_adapter(module)]
+    asked = [] if lora.targets == "all-linear" else lora.targets
+    if without := [each for each in asked if not any(f".{name}".endswith(f".{each}") for name in names)]:
+        raise UserError(f"params.yaml: lora.targets: no layer of {type(model).__name__} is named {without[0]}")
     adapted.eval()
     for layer in _adapted_layers(model):
         layer.cast_input_dtype_enabled = False  # autocast does it, and once for the layers that share their input

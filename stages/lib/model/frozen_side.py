@@ -1,5 +1,6 @@
 """What frozen models say of answers: a base its log-probs and hidden states, a reward model its scores."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from stages.lib.model.answer_means import hidden_after, mean_of_completions, unt
 from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.loading import DTYPES, autocast, cast_linear_layers, freeze, own_memory
 from stages.lib.model.logps import TokenLogps
-from stages.lib.model.memory import MemoryDial
+from stages.lib.model.memory import MemoryDial, let_go
 from stages.lib.model.packing import packed_groups
 from stages.lib.model.reward import apply_head, backbone_of, closed, same_weights, score_sequences
 
@@ -48,16 +49,16 @@ class FrozenSide:
         temperature: float,
         tokenizer: PreTrainedTokenizerBase,
         precision: str,
-        dial: MemoryDial,
+        dial: Callable[[PreTrainedModel], MemoryDial],
     ):
         """
         Args:
             base, reward_model: on the device where the work shall happen; frozen here.
             temperature: of the log-probs and entropies.
-            dial: tokens of a forward pass.
+            dial: tokens of a forward pass through a model, asked for when all that stays is in its place.
         """
         self.base, self.reward_model = freeze(base), freeze(reward_model)
-        self.tokenizer, self.precision, self.dial = tokenizer, precision, dial
+        self.tokenizer, self.precision = tokenizer, precision
         self.logps = TokenLogps(base, temperature)
         self.shares_backbone = same_weights(base.get_decoder(), backbone_of(reward_model))
         if self.shares_backbone:
@@ -67,6 +68,8 @@ class FrozenSide:
                 cast_linear_layers(model, DTYPES[precision], but=("score",))
         own_memory(base)
         own_memory(reward_model.get_submodule("score") if self.shares_backbone else reward_model)
+        let_go(base.device)
+        self.dial = dial(base)
 
     def opinions(
         self,

@@ -1,4 +1,9 @@
-"""Answers to prompts: batched decoding, greedy or sampled, in which no answer depends on its batch mates."""
+"""Answers to prompts: batched decoding, greedy or sampled, in which no answer depends on its batch mates.
+
+In place of transformers' `generate`, which draws from one stream for the whole batch, so that an answer depends on
+the batch it was in and no two models can be given the same random numbers; which keeps rows that have ended in the
+batch; and which is slower (`make bench-generate`).
+"""
 
 import copy
 import math
@@ -181,7 +186,9 @@ def _inverse_transform(probs: Tensor, uniform: Tensor) -> Tensor:
     of which most would never be looked at.
     """
     exact = torch.float32 if probs.device.type == "mps" else torch.float64  # 49,152 small terms; MPS has no fp64
-    blocks = functional.pad(probs, (0, -probs.shape[1] % SAMPLE_BLOCK)).unflatten(1, (-1, SAMPLE_BLOCK))
+    if rest := -probs.shape[1] % SAMPLE_BLOCK:
+        probs = functional.pad(probs, (0, rest))
+    blocks = probs.unflatten(1, (-1, SAMPLE_BLOCK))
     sums = blocks.sum(-1).cumsum(-1, dtype=exact)  # few terms a block: as exact in float32 as they are
     target = uniform.to(sums)[:, None] * sums[:, -1:]
     broken = target[:, 0].isnan()

@@ -155,9 +155,18 @@ def make_accelerator(device: torch.device, precision: str) -> Accelerator:
     if accelerator.mixed_precision != mixed_precision:
         # accelerate 1.15 keeps the first precision of a process; under a launcher its own setting could win
         raise UserError(f"precision {precision} was asked for, accelerate runs {accelerator.mixed_precision}")
-    if accelerator.native_amp != (precision != "fp32"):  # it would compute in fp32 without a word
-        raise UserError(f"accelerate has no autocast to {precision} on {device.type}; name another base.precision")
+    require_autocast(accelerator, precision)
     return accelerator
+
+
+def require_autocast(accelerator: Accelerator, precision: str) -> None:
+    """
+    Raises:
+        UserError: accelerate would compute in fp32 without a word.
+    """
+    if accelerator.native_amp != (precision != "fp32"):
+        where = accelerator.device.type
+        raise UserError(f"accelerate has no autocast to {precision} on {where}; name another base.precision")
 
 
 def loss_scale(accelerator: Accelerator) -> float:

@@ -2,7 +2,9 @@
 
 `get_log_prob` takes (B, T, V) logits and is the definition. `CompletionLogps` computes the same numbers from
 packed sequences: the output layer runs on completion positions only, over slices of the vocabulary, and its
-backward pass recomputes them, so that memory does not grow with batch x length x vocabulary.
+backward pass recomputes them, so that memory does not grow with batch x length x vocabulary. torch's own
+`linear_cross_entropy` does that for the log-prob alone; PPO wants the entropy of the same slices beside it, and
+one function serves both trainings.
 """
 
 import torch

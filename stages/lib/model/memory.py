@@ -115,7 +115,7 @@ def memory_dial(
     return MemoryDial(asked, stage, device)
 
 
-def max_dial(asked: MicroBatchTokens) -> MicroBatchTokens:
+def reading_dial(asked: MicroBatchTokens) -> MicroBatchTokens:
     """The dial of passes without gradient in a stage whose parameters speak of those with one."""
     return asked if asked == "auto" else max(asked, WITHOUT_GRADIENT)
 

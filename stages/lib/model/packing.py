@@ -1,7 +1,7 @@
 """Padding, collating, packing, and grouping by a token budget."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,11 +89,8 @@ class PackedBatch:
     label_sequence: Tensor
 
     def to(self, device: torch.device) -> "PackedBatch":
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return PackedBatch(**moved)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 def pack(
@@ -171,7 +168,7 @@ def shares_prefixes(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def shared_prefix_length(texts: Sequence[Sequence[int]]) -> int:
+def shared_prefix_length(texts: Sequence[list[int]]) -> int:
     """How many tokens several different texts all begin with; at least one of each text is left over.
 
     One text, or none, shares nothing: 0.

@@ -18,9 +18,6 @@ from stages.lib.rl.mini_batch import step_on
 from stages.lib.rl.rollout import Rollout
 from stages.lib.run.checkpoints import Stateful
 
-Steps = list[list[int]]  # the answers of each mini-batch, in order
-Metrics = dict[str, float]
-
 DECAY = 0.8  # weight of an update's returns in the fit one update later
 RIDGE = 30.0  # on weights of features of length sqrt(H)
 
@@ -35,7 +32,9 @@ class Critic(Stateful, Protocol):
         """(N,) of the share's tokens."""
         ...
 
-    def learn(self, rollout: Rollout, returns: Tensor, share: Rollout, features: Tensor, steps: Steps) -> Metrics:
+    def learn(
+        self, rollout: Rollout, returns: Tensor, share: Rollout, features: Tensor, mini_batches: list[list[int]]
+    ) -> dict[str, float]:
         """Learns the (N,) returns of a whole rollout; what happened, under TRL's names."""
         ...
 
@@ -58,7 +57,9 @@ class FrozenCritic(nn.Module):
         penalty = RIDGE * torch.eye(len(self.gram), dtype=torch.float64)
         return (self._columns(features) @ torch.linalg.solve(self.gram + penalty, self.moment)).float()
 
-    def learn(self, rollout: Rollout, returns: Tensor, share: Rollout, features: Tensor, steps: Steps) -> Metrics:
+    def learn(
+        self, rollout: Rollout, returns: Tensor, share: Rollout, features: Tensor, mini_batches: list[list[int]]
+    ) -> dict[str, float]:
         columns = self._columns(features)
         own = returns[rollout.tokens_of(share.places)].double()
         for total, new in ((self.gram, columns.T @ columns), (self.moment, columns.T @ own)):
@@ -96,7 +97,7 @@ class SeparateCritic:
 
     head: ValueHead
     learner: Learner  # of the head
-    coef: float  # weight of the loss
+    coef: float  # of the loss; AdamW does not see it, clipping does
     precision: str
     cliprange: float  # of a value, around what it was in the rollout
 
@@ -111,21 +112,18 @@ class SeparateCritic:
                 0
             ]
 
-    def learn(self, rollout: Rollout, returns: Tensor, share: Rollout, features: Tensor, steps: Steps) -> Metrics:
+    def learn(
+        self, rollout: Rollout, returns: Tensor, share: Rollout, features: Tensor, mini_batches: list[list[int]]
+    ) -> dict[str, float]:
         def losses_of(values: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             old, wanted = rollout.values[tokens].to(values.device), returns[tokens].to(values.device)
             losses, clipped = value_losses(values, old, wanted, self.cliprange)
-            return losses, {"clipfrac": clipped.float()}
+            return self.coef * losses, {"value_loss": losses.detach(), "clipfrac": clipped.float()}
 
-        taken = [step_on(self.learner, rollout, answers, losses_of, self.coef) for answers in steps]
-        counts = [sum(len(rollout.responses[i]) for i in answers) for answers in steps]
+        steps = [step_on(self.learner, rollout, answers, losses_of) for answers in mini_batches]
         self.learner.next_learning_rate()
-
-        def mean(name: str) -> float:
-            return sum(count * step[name] for count, step in zip(counts, taken, strict=True)) / sum(counts)
-
-        norm = sum(step["grad_norm"] for step in taken) / len(taken)
-        return {"loss/value_avg": mean("loss"), "val/clipfrac_avg": mean("clipfrac"), "value/grad_norm": norm}
+        names = {"value_loss": "loss/value_avg", "clipfrac": "val/clipfrac_avg", "grad_norm": "value/grad_norm"}
+        return {name: sum(step[of] for step in steps) / len(steps) for of, name in names.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return self.learner.state_dict()

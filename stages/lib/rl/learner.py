@@ -1,7 +1,7 @@
 """A model in training: optimizer steps in micro-batches, over any number of processes, with fp16's loss scale."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -16,6 +16,9 @@ from stages.lib.model.loading import loss_scale
 from stages.lib.model.memory import MemoryDial
 from stages.lib.model.packing import micro_batches_of_process, pack, shares_prefixes
 from stages.lib.rl.schedule import learning_rate_schedule
+
+#: (indices of some items, the module's output for them) to (n,) losses and (n,) statistics by name
+Losses = Callable[[list[int], Any], tuple[Tensor, dict[str, Tensor]]]
 
 
 class NotFinite(ArithmeticError):
@@ -89,6 +92,48 @@ class Learner:
                 with accelerator.autocast():  # sharded by FSDP2, accelerate 1.15 leaves the module without it
                     output = self.module(batch)
                 yield part, weight, output
+
+    def mean_gradient(
+        self,
+        prompts: list[list[list[int]]],
+        completions: list[list[list[int]]],
+        lengths: list[int],
+        losses_of: Losses,
+        count: int,
+        micro_batch_tokens: int,
+    ) -> dict[str, float]:
+        """Adds the gradient of a mean loss over N items to the parameters', unless gradients are switched off.
+
+        It is the same whatever the micro-batches and the number of processes.
+
+        Args:
+            prompts, completions, lengths: as of `outputs`.
+            losses_of: (indices of some items, the module's output for them) to (n,) losses and (n,) statistics by
+                name, an entry for each pair or token that the mean is over.
+            count: of these entries, over all items.
+
+        Returns:
+            Means over all entries of `loss` and of every statistic, the same in all processes.
+        """
+        accelerator = self.accelerator
+        names: list[str] = []
+        found: list[tuple[float, Tensor]] = []  # weight and (K, n) of each micro-batch, on the device
+        for part, weight, output in self.outputs(prompts, completions, lengths, micro_batch_tokens):
+            losses, statistics = losses_of(part, output)
+            if torch.is_grad_enabled():
+                # data-parallel wrappers average over processes; the loss is a mean over the whole batch
+                accelerator.backward(losses.sum() * (weight * accelerator.num_processes / count))
+            names = ["loss", *statistics]
+            found.append((weight, torch.stack([losses.detach(), *statistics.values()])))
+        # copied once a batch, and summed on the CPU: MPS has no float64
+        host = torch.cat([values for _, values in found], dim=1).cpu().double()
+        split = host.split([values.shape[1] for _, values in found], dim=1)
+        sums = torch.zeros(len(names), dtype=torch.float64)
+        for (weight, _), values in zip(found, split, strict=True):
+            sums += weight * torch.stack([row.sum() for row in values])
+        if accelerator.num_processes > 1:
+            sums = cast(Tensor, accelerator.reduce(sums.to(accelerator.device)))
+        return dict(zip(names, (sums / count).tolist(), strict=True))
 
     def step(self) -> tuple[float, bool]:
         """Clips the gradient, steps on it and lets it go.

@@ -21,6 +21,11 @@ def generator(seed: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=words.tolist()))
 
 
+def seed_of(seed: int, purpose: str) -> int:
+    """A seed for another library's generator, which `purpose` under `seed` shares with no other but by chance."""
+    return int(generator(seed, purpose).integers(2**32))
+
+
 def draw(total: int, count: int | None, seed: int, purpose: str) -> list[int]:
     """Which `count` of `total` items to take: indices in ascending order, the same for the same seed and purpose.
 
