@@ -58,6 +58,14 @@ def test_no_accuracy_stands_before_the_verdict():
     assert README.index("<!-- verdicts -->") < README.index("<!-- scorecard -->")
 
 
+def test_what_it_says_is_not_reached_is_not():
+    card = metrics("score_responses")
+    assert "neither model ends as many answers as the data do, or has their\nemoji" in README
+    for model in ("dpo", "ppo"):
+        for measure in ("ended", "emoji"):
+            assert card[model][measure] < card["preferred"][measure][0]
+
+
 def test_the_answer_quotes_the_committed_run():
     answer = README[README.index("Do the trained models find their training data more likely?") :].split("\n\n")[0]
     quoted = re.findall(r"[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]", " ".join(answer.split()))

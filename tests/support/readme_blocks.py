@@ -39,6 +39,7 @@ Read = Callable[[str], str | None]  # a file's text by its path from the root; N
 def blocks(read: Read) -> dict[str, str]:
     """The text of every block by name."""
     return {
+        "judge": judge(read),
         "verdicts": verdicts(read, "reports"),
         "scorecard": scorecard(read, "reports"),
         "real": scorecard(read, REAL),
@@ -61,6 +62,20 @@ def verdicts(read: Read, reports: str) -> str:
                 f" Its objective, what it maximises, changed by {change} [{low}, {high}] on these prompts."
             )
     return "\n".join(lines)
+
+
+def judge(read: Read) -> str:
+    """Who compares the answers, and what it can tell."""
+    found = json.loads(read("reports/train_judge/metrics.json"))
+    prompts = json.loads(read("reports/score_responses/metrics.json"))["prompts"]
+    return (
+        "Answers are compared by **the judge**: a logistic regression on the same base's hidden states, fitted on "
+        f"{found['pairs']} pairs that no training saw and on corrupted copies of their answers. It knows the manner "
+        "that the data prefer, and hardly whether an answer fits its question: it tells one from the answer to another "
+        f"prompt in {100 * found['by_kind']['other_prompt']:.0f} % of pairs. Settings were chosen by it, on prompts "
+        f"of its own; these are {prompts} others. Brackets hold 95 % intervals over prompts; the rules are in "
+        "`stages/lib/analysis/verdict.py`:"
+    )
 
 
 def scorecard(read: Read, reports: str) -> str:
