@@ -190,6 +190,75 @@ def test_what_is_no_pair_has_its_reason(row, reason, words):
     assert isinstance(bad, BadRow) and bad.reason == reason and words in bad.message
 
 
+@pytest.mark.parametrize("write", [json.dumps, repr])
+@pytest.mark.parametrize("first", [{"weight": 1}, {"name": None}, {"id": "a", "x": {"y": [1]}}])
+def test_messages_as_text_are_messages_whatever_key_stands_first(write, first):
+    chosen, rejected = ([first | user("Hi?"), first | end[0]] for end in (GOOD, BAD))
+    assert check_pair({"chosen": write(chosen), "rejected": write(rejected)}) == Pair("Hi?", "Hey!", "Good day.")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"role": "assistant", "content": "The kettle!"}',
+        '{"value": "kettle"}',
+        '{"content": "kettle"}',
+        '[{"content": "kettle"}]',
+        '[{"name": "kettle", "value": 3}]',
+        '["kettle", "pot"]',
+        "['kettle']",
+        '"kettle"',
+        "[]",
+        '{"model": "m", "messages": [{"role": "user", "content": "kettle"}]}',
+        "[{'role': 'user'}]",
+        '[kettle](a "b\\d")',
+    ],
+)
+def test_an_answer_that_is_json_stays_as_it_is(answer):
+    row = {"prompt": "Write JSON", "chosen": answer, "rejected": "No."}
+    assert check_pair(row) == Pair("Write JSON", answer, "No.")
+    assert check_pair({"prompt": "Write JSON", "chosen": "No.", "rejected": answer}).rejected == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "words"),
+    [
+        (json.dumps({"messages": GOOD}), "wrapped_messages", "'messages'"),
+        (repr({"conversations": GOOD}), "wrapped_messages", "'conversations'"),
+        ({"messages": GOOD}, "wrapped_messages", "write the list alone"),
+        (json.dumps(json.dumps(GOOD)), "lists_as_text", "encoded twice"),
+        (json.dumps(repr(GOOD)), "lists_as_text", "encoded twice"),
+        ('[{"weight": 1, "role": "assistant", "content": "Hey', "lists_as_text", "cannot be read"),
+        ("array([{'role': 'assistant', 'content': 'Hey'}], dtype=object)", "lists_as_text", "cannot be read"),
+        (json.dumps([*GOOD, {"role": "user"}]), "lists_as_text", "not each"),
+    ],
+)
+def test_messages_as_text_that_cannot_be_taken_as_such_are_refused(text, reason, words):
+    bad = check_pair({"prompt": "Hi?", "chosen": text, "rejected": "No."})
+    assert isinstance(bad, BadRow) and bad.reason == reason and words in bad.message and "'chosen'" in bad.message
+
+
+@pytest.mark.parametrize("prompt", ["['How do I boil water?']", '["Hi", "there?"]'])
+def test_a_prompt_that_is_a_list_of_strings_as_text_is_refused(prompt):
+    bad = check_pair({"prompt": prompt, "chosen": "a", "rejected": "b"})
+    assert isinstance(bad, BadRow) and bad.reason == "lists_as_text" and "the prompt itself" in bad.message
+
+
+@pytest.mark.parametrize(
+    ("message", "key"),
+    [
+        (system("s") | {"tools": [TOOL]}, "'tools'"),
+        (user("a") | {"tool_calls": [CALL]}, "'tool_calls'"),
+        (assistant("a") | {"reasoning": "because"}, "'reasoning'"),
+        (assistant("a") | {"thinking": "because"}, "'thinking'"),
+        (system("s") | {"functions": "[]"}, "'functions'"),
+    ],
+)
+def test_keys_of_a_message_that_change_what_the_model_would_see_are_refused(message, key):
+    bad = check_pair({"prompt": [message, user("Hi?")], "chosen": GOOD, "rejected": BAD})
+    assert isinstance(bad, BadRow) and bad.reason == "unreadable_key" and key in bad.message
+
+
 def test_unseen_texts_and_mere_prompts_have_the_same_forms():
     assert check_text({"prompt": "a", "response": "b", "topic": 3}) == Text("a", "b")
     assert check_text({"prompt": TURNS, "response": GOOD}).messages == json.dumps(TURNS)

@@ -10,13 +10,15 @@
 
 Beside them a column `system` (text) becomes the first message and `tools` (JSON schemas) goes to the chat template.
 A message has a role (`ROLES` knows its spellings, `from` the key's) and a content (or `value`): text or a list of text
-parts. Messages may be written as text (JSON or Python), as a CSV file has them.
+parts. Messages may be written as text (JSON or Python), as a CSV file has them: a list, each of whose elements has a
+role and a content. Other JSON is a text like any, for an answer may well be JSON.
 """
 
 import ast
 import json
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any, NamedTuple
@@ -35,8 +37,12 @@ ROLES = {
     "tool": "tool", "function": "tool", "observation": "tool",
 }  # fmt: skip
 TEXT_KEYS = ("content", "value")
-UNREADABLE_KEYS = ("function_call", "images", "image", "audio", "video", "videos", "thinking", "reasoning_content")
-MESSAGES_AS_TEXT = re.compile(r"""\s*(?:array\()?\[?\s*\{\s*['"](?:role|from|content|value)['"]\s*:""")
+UNREADABLE_KEYS = (
+    "tools", "functions", "function_call", "thinking", "reasoning", "reasoning_content",
+    "images", "image", "audio", "video", "videos",
+)  # fmt: skip
+WRAPPERS = ("messages", "conversations", "conversation")  # of an object that holds nothing but messages
+MESSAGES_AS_TEXT = re.compile(r"""\s*(?:array\(\s*)?\[\s*\{(?:[^{}]*,)?\s*['"](?:role|from)['"]\s*:""")
 DIALOGUE = re.compile(r"\s*Human:")
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 FORMS = (
@@ -149,14 +155,15 @@ def _all_messages(parsed: dict[str, Any], names: tuple[str, ...]) -> bool:
 
 def _messages_of(value: Any, name: str) -> Messages | str | None | BadRow:
     """A column's value as messages, also where they are written as text; as text; None where there is none."""
-    if isinstance(value, str) and MESSAGES_AS_TEXT.match(value):
-        found = _literal(value)
-        if found is None or not all(isinstance(turn, dict) for turn in found):
-            return BadRow("lists_as_text", f"'{name}' is a list of messages written as text that cannot be read")
-        value = found
+    if isinstance(value, str):
+        value = _messages_in_text(value, name)
+        if isinstance(value, BadRow):
+            return value
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, dict):
+        if wrapper := _wrapper(value):
+            return BadRow("wrapped_messages", f"'{name}' is an object of {wrapper!r}; write the list alone there")
         value = _one_by_one(value)
     if not isinstance(value, list):
         return BadRow("not_text", f"'{name}' is neither text nor messages but {type(value).__name__}")
@@ -181,16 +188,69 @@ def _one_by_one(value: dict[str, Any]) -> list[Any]:
     return [value]
 
 
-def _literal(text: str) -> list[Any] | None:
-    """The list that a text of JSON or of Python is; None if it is neither."""
+def _messages_in_text(text: str, name: str) -> Any:
+    """The list of messages that a text is; the text where it is none; why it can be taken for neither."""
+    found = _literal(text)
+    if isinstance(found, str) and (_are_messages(_literal(found)) or MESSAGES_AS_TEXT.match(found)):
+        return BadRow(
+            "lists_as_text", f"'{name}' is a list of messages encoded twice: write the list, not a string of it"
+        )
+    if isinstance(found, dict) and (wrapper := _wrapper(found)):
+        return BadRow(
+            "wrapped_messages", f"'{name}' is an object of {wrapper!r} written as text; write the list alone there"
+        )
+    if _are_messages(found):
+        return found
+    if isinstance(found, list) and any(_are_messages([turn]) for turn in found):
+        return BadRow(
+            "lists_as_text", f"'{name}' is a list of messages of which not each has a role and a content"
+        )
+    if name == "prompt" and isinstance(found, list) and found and all(isinstance(turn, str) for turn in found):
+        return BadRow(
+            "lists_as_text",
+            f"'{name}' is a list of {len(found)} strings written as text: write the prompt itself, or turns as "
+            "messages (role and content)",
+        )
+    if found is None and MESSAGES_AS_TEXT.match(text):
+        return BadRow(
+            "lists_as_text",
+            f"'{name}' begins like a list of messages written as text that cannot be read: mend it (JSON or Python)",
+        )
+    return text
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(turn, dict)
+            and ("role" in turn or "from" in turn)
+            and ("content" in turn or "value" in turn or "tool_calls" in turn)
+            for turn in value
+        )
+    )
+
+
+def _wrapper(value: dict[str, Any]) -> str | None:
+    """The only key of an object that is nothing but a name for messages."""
+    return next((key for key in WRAPPERS if value.keys() == {key} and _are_messages(value[key])), None)
+
+
+def _literal(text: str) -> Any:
+    """The list, object or string that a text of JSON or of Python is; None if it is neither."""
+    text = text.strip()
+    if not text.startswith(("[", "{", '"')):
+        return None
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
         try:
-            value = ast.literal_eval(text.strip())
+            with warnings.catch_warnings():  # of escapes Python does not know, in what may be prose
+                warnings.simplefilter("ignore")
+                return ast.literal_eval(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return None
-    return value if isinstance(value, list) else [value] if isinstance(value, dict) else None
 
 
 def _message(message: dict[str, Any], where: str) -> Message | BadRow:
@@ -202,7 +262,10 @@ def _message(message: dict[str, Any], where: str) -> Message | BadRow:
         return BadRow("unknown_role", f"{where}: the role {str(spelt)[:40]!r} is none of those known ({known})")
     for key in UNREADABLE_KEYS:
         if message.get(key):
-            return BadRow("unreadable_key", f"{where}: has '{key}', which is not read here")
+            remedy = "write them to the row's own column 'tools'" if key == "tools" else "take it out of the data"
+            return BadRow("unreadable_key", f"{where}: has '{key}', which is not read here; {remedy}")
+    if message.get("tool_calls") and role != "assistant":
+        return BadRow("unreadable_key", f"{where}: has 'tool_calls', which only an assistant's message can have")
     key = next((key for key in TEXT_KEYS if key in message), "content")
     content = _content(message.get(key), where)
     if isinstance(content, BadRow):
