@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from stages.lib.data.chat import generation_header_ids, special_token_pattern, truncate
+from stages.lib.data.cuts import count_cut_texts, cut_warnings
 from stages.lib.data.sizes import too_few_for_the_judge
 from stages.lib.data.token_tables import (
     Ids,
@@ -43,7 +44,7 @@ from stages.lib.run.artefacts import read_rows, round_floats, write_json, write_
 from stages.lib.run.params import Base, OnBadRow, Section, load_param, require
 from stages.lib.run.stage import run_stage
 
-MANY_CUT = 0.2  # share of the pairs' answers that are cut, above which the stage warns
+MANY_CUT = {"answers": 0.2, "prompts": 0.1}  # shares of the pairs' texts that are cut, above which the stage warns
 PAIRS = ("train", "heldout", "judge")
 SOURCES = (*PAIRS, "unseen", "eval_prompts")
 COPIES = {  # tables of data/corrupted, and of which pairs their rows are copies
@@ -99,16 +100,14 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     cuts: Counter[str] = Counter()
     dropped = Counter(special_token=sum(len(read[name]) - len(rows[name]) for name in SOURCES))
     ids: dict[str, list[Ids]] = {}
-    num_answers = num_cut_answers = 0  # of the pairs
+    cut_of_pairs: Counter[str] = Counter()
     for name in SOURCES:
         file = f"data/pairs/{name}.parquet"
         rows[name], whole, ids[name], lost = usable_ids(rows[name], tokenizer, limits, file, on_bad_row)
         cuts.update(count_cuts(whole, *limits))
         dropped += lost
-        for row, short in zip(whole, ids[name], strict=True) if name in PAIRS else ():
-            for side in ("chosen_input_ids", "rejected_input_ids"):
-                num_answers += 1
-                num_cut_answers += len(short[side]) < len(row[side])
+        if name in PAIRS:
+            cut_of_pairs += count_cut_texts(rows[name], whole, ids[name])
 
     problem = too_few_for_the_judge([row["prompt_id"] for row in rows["judge"]])
     require(problem is None, f"data/pairs/judge.parquet: {problem}")
@@ -147,6 +146,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         "kept": sum(map(len, rows.values())),
         "dropped": dict(+dropped),
         "cut": dict(cuts),
+        "cut_of_pairs": {what: cut_of_pairs[what] for what in ("prompts", "answers", "system_messages")},
         "lengths": length_statistics([row for name in SOURCES for row in ids[name]]),
         "train_pairs": len(rows["train"]),
         "heldout_pairs": len(rows["heldout"]),
@@ -156,12 +156,9 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         "corrupted": {name: {"read": len(copies[name]), "kept": len(usable[name][0])} for name in COPIES},
     }
     write_json(root / "reports/tokenize_pairs/metrics.json", round_floats(metrics))
-    if num_answers and num_cut_answers > MANY_CUT * num_answers:
-        share = num_cut_answers / num_answers
-        print(
-            f"warning: {share:.0%} of the pairs' answers are cut, more than {MANY_CUT:.0%}: what tells them apart may "
-            "be gone; raise tokenize_pairs.max_length or max_completion_length"
-        )
+    num_pairs = sum(len(rows[name]) for name in PAIRS)
+    for warning in cut_warnings(cut_of_pairs, num_pairs, MANY_CUT):
+        print(f"warning: {warning}")
     num_cut = (cuts + cuts_of_copies).total()
     print(f"wrote data/tokenized: {metrics['kept']} of {metrics['read']} rows, {num_cut} texts cut")
     print("wrote reports/tokenize_pairs/metrics.json")

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -146,6 +148,31 @@ def test_limits_hold_and_the_generation_header_survives(tiny_base, tokenizer, em
     assert all(len(ids) == 24 for ids in tables["prompts_train"]["input_ids"])
     # 20 pairs, one held out, one of the judge's, an unseen text, a prompt; short completions of the last three fit
     assert metrics["cut"] == {"max_prompt_length": 24, "max_completion_length": 40, "max_length": 40}
+
+
+def test_prompts_that_lose_their_system_message_are_counted_and_said(tiny_base, tokenizer, capsys):
+    # 30 pairs, held-out and judge's included, of which 3 have a system message too long for the limit; nothing else
+    # is cut: a tenth of the prompts, which alone would not be told
+    root = pairs_in(tiny_base, [(f"Question {i}?", "Yes, sure.", "No, never.") for i in range(28)])
+    path = root / "data/pairs/train.parquet"
+    columns = read_parquet(path)
+    guard = [{"role": "system", "content": "Rule. " * 200}, {"role": "user", "content": "Q?"}]
+    short = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Q?"}]
+    columns["messages"] = [json.dumps(guard)] * 3 + [json.dumps(short)] * 2 + [None] * 23
+    write_parquet(path, columns)
+    main(BASE, PARAMS, root)
+    tables, metrics = read_all(root)
+    heads = [
+        tokenizer.decode(ids).startswith("<|im_start|>system") for ids in tables["pairs_train"]["prompt_input_ids"]
+    ]
+    assert heads == [False] * 3 + [True] * 25
+    assert metrics["cut_of_pairs"] == {"prompts": 3, "answers": 0, "system_messages": 3}
+    printed = capsys.readouterr().out
+    assert "warning: 3 of 30 pairs lost their system message, or its beginning" in printed
+    assert "prompts (" not in printed and "answers (" not in printed
+    # limits that cut every prompt, and one answer in 60
+    main(BASE, PARAMS.replace(max_prompt_length=8), root)
+    assert "warning: 30 of the pairs' 30 prompts (100%) are cut: their beginning" in capsys.readouterr().out
 
 
 def test_every_reward_row_ends_in_its_only_last_eos(tiny_base, tokenizer, embedded_pairs):

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 from stages.lib.analysis.names import RANKER_LABELS
 from stages.lib.analysis.pair_profile import NO_LETTERS, TELLING
 from stages.lib.analysis.stats import Interval
+from stages.lib.data.cuts import cut_warnings
 from stages.lib.data.suspicions import SUSPICIONS
 from stages.lib.report.charts import Picture, histograms
 from stages.lib.report.page import Estimate, Forest, Scale, Table, percentages
 
-MANY = 0.1  # share of rows dropped, or of texts cut, from which on the page warns
+MANY = 0.1  # share of rows dropped, of prompts cut, or of answers cut, above which the page warns
 REASONS = {  # of dropped rows, in words; others are spelt by their name
     "chosen_is_rejected": "chosen and rejected are the same text",
     "answer_is_prompt": "an answer is only the prompt again",
@@ -105,7 +106,7 @@ def data_page(
     return DataPage(
         title="The pairs, before training",
         lede=f"{profile['pairs']:,} preference pairs of {fetched['source']}: {counts}.{looked_at}",
-        warnings=warnings(fetched, profile, rankers, ranker_sentence, lengths, limits),
+        warnings=warnings(fetched, tokenized, profile, rankers, ranker_sentence),
         counts=count_table(fetched, tokenized),
         facts=facts(fetched, profile, lengths.cut(limits)),
         charts=length_charts(lengths, limits),
@@ -126,11 +127,10 @@ def data_page(
 
 def warnings(
     fetched: Mapping[str, Any],
+    tokenized: Mapping[str, Any],
     profile: Mapping[str, Any],
     rankers: Mapping[str, Interval],
     ranker_sentence: str,
-    lengths: Lengths,
-    limits: Mapping[str, int | None],
 ) -> list[str]:
     """What stands out, a sentence each."""
     found = []
@@ -145,13 +145,8 @@ def warnings(
     for name, count in fetched["suspicious"].items():
         if count:
             found.append(f"{count:,} pairs {SUSPICIONS[name]}.")
-    parts = zip(lengths, lengths.cut(limits), strict=True)
-    cut = [short < whole for wholes, shorts in parts for whole, short in zip(wholes, shorts, strict=True)]
-    if sum(cut) > MANY * len(cut):
-        found.append(
-            f"{sum(cut):,} of the pairs' {len(cut):,} texts are cut to a limit of tokenize_pairs: what tells answers "
-            "apart may be gone."
-        )
+    cut = cut_warnings(tokenized["cut_of_pairs"], profile["pairs"], {"prompts": MANY, "answers": MANY})
+    found += [f"{sentence}." for sentence in cut]
     scripts = [name for name in profile["scripts"] if name != NO_LETTERS]
     if len(scripts) > 1:
         found.append(f"The answers are in several scripts: {', '.join(scripts)}.")
