@@ -127,7 +127,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     eval_prompts: dict[int, Prompt] = {}
     eval_metrics: dict[str, Any] = {}
     if params.eval_prompts:
-        eval_source = from_path(root / params.eval_prompts_path)
+        eval_source = from_path(root / params.eval_prompts_path).renamed({}, None)
         more = without_prompts(collect(eval_source, check_prompt, params.on_bad_row), paired)
         eval_prompts = more.rows
         eval_metrics = eval_source.origin | {"read": more.read, "dropped": dict(more.dropped)}

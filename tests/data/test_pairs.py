@@ -159,6 +159,8 @@ def test_contradicting_pairs_go_in_both_directions():
     rows = [Pair("p", "a", "b"), Pair("q", "a", "b"), Pair("P?", "b", "a"), Pair("p", "a", "c")]
     result = without_contradictions(collected(*rows), "drop", "row {}".format)
     assert list(result.rows) == [2, 4] and result.dropped == {"contradiction": 2}
+    spaced = [Pair("p", "a", "b"), Pair("p", "b ", "\na"), Pair("q", "a", "b")]
+    assert list(without_contradictions(collected(*spaced), "drop", str).rows) == [3]
     with pytest.raises(PairError, match="row 1: contradicts row 3.*mend one of the rows"):
         without_contradictions(collected(*rows), "error", "row {}".format)
 

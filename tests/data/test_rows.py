@@ -273,13 +273,14 @@ def test_files_to_hold_out_come_last_and_are_known(tmp_path):
         ({"a.jsonl": "{}", "a.csv": "a"}, "holds a.csv and a.jsonl; let fetch_pairs.files"),
         ({"train-0.jsonl": "{}", "test-0.jsonl": "{}"}, "several splits .test, train.; .* such as '\\*train\\*'"),
         (
-            {"a.jsonl": '{"prompt": 1}', "b.jsonl": '{"question": 1}'},
-            "b.jsonl: has no column 'prompt', which a.jsonl",
+            {"README.md": "", "data/a.parquet": "", "data/.x/b": ""},
+            "found: README.md; such files are in .*/data: give",
         ),
     ],
 )
 def test_folders_that_are_no_shards_are_refused(tmp_path, files, words):
     for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path, name, content)
     with pytest.raises(UserError, match=words):
         list(from_path(tmp_path, "*").rows)
@@ -295,3 +296,40 @@ def test_renamed_columns(tmp_path):
     assert list(source.rows) == [(1, {"prompt": 1, "x": 3})]
     with pytest.raises(UserError, match="columns names the column 'p', which is not there .found: 'q', 'prompt'"):
         list(from_path(tmp_path / "a.jsonl").renamed({"prompt": "p"}, "columns").rows)
+
+
+@pytest.mark.parametrize(
+    ("columns", "first", "second", "words"),
+    [
+        ({}, {"prompt": 1}, {"question": 1}, "b.jsonl: has no column 'prompt', which a.jsonl has"),
+        ({"prompt": "q"}, {"q": 1}, {"question": 1}, "b.jsonl: .*'q', which is not there .*though a.jsonl has it"),
+        ({"system": "sys"}, {"sys": 1}, {"sys_prompt": 1}, "b.jsonl: .*'sys', which is not there"),
+    ],
+)
+def test_files_whose_columns_differ_are_refused_by_name(tmp_path, columns, first, second, words):
+    for name, own in (("a", first), ("b", second)):
+        write(tmp_path, f"{name}.jsonl", as_lines([own | {"chosen": 1, "rejected": 2}] * 3))
+    with pytest.raises(UserError, match=words):
+        list(from_path(tmp_path).renamed(columns, "columns").rows)
+
+
+def test_columns_are_compared_under_our_names(tmp_path):
+    write(tmp_path, "a.jsonl", as_lines([{"prompt": "old", "q": 1}]))
+    write(tmp_path, "b.jsonl", as_lines([{"q": 2}]))
+    rows = from_path(tmp_path).renamed({"prompt": "q"}, "columns").rows
+    assert [row for _, row in rows] == [{"prompt": 1}, {"prompt": 2}]
+
+
+def test_an_optional_column_of_some_files_or_rows(tmp_path, capsys):
+    (tmp_path / "some").mkdir()
+    write(tmp_path / "some", "a.jsonl", as_lines([{"prompt": 1, "system": 2}]))
+    write(tmp_path / "some", "b.jsonl", as_lines([{"prompt": 1}]))
+    assert len(list(from_path(tmp_path / "some").renamed({}, "columns").rows)) == 2
+    assert "1 of 2 files of" in (printed := capsys.readouterr().out) and "no column 'system' (b.jsonl)" in printed
+    for place in (1, 99):  # of a hundred rows, this one alone has it
+        rows = [{"prompt": i} | ({"sys": "s"} if i == place else {}) for i in range(100)]
+        read = list(
+            from_path(write(tmp_path, "c.jsonl", as_lines(rows))).renamed({"system": "sys"}, "columns").rows
+        )
+        assert [row.get("system") for _, row in read] == [None] * place + ["s"] + [None] * (99 - place)
+    assert capsys.readouterr().out == ""

@@ -12,11 +12,10 @@ import pyarrow as pa
 
 from stages.lib.data.conversations import read_conversation, spell_names
 from stages.lib.data.messages import BadRow
-from stages.lib.data.rows import Source
+from stages.lib.data.rows import NUM_FIRST_ROWS, Source
 from stages.lib.run.draws import HELDOUT_PROMPTS, draw, shuffled
 from stages.lib.run.errors import UserError
 
-NUM_FIRST_ROWS = 100  # that are read before any is judged: a fault of them all is the file's, not a row's
 OTHER_NAMES = {  # under which the field knows our columns
     "prompt": ("question", "instruction", "input", "query", "user_prompt", "problem", "context", "user"),
     "chosen": ("chosen_response", "response_chosen", "answer_chosen", "accepted", "preferred", "better", "win"),
@@ -202,11 +201,16 @@ def without_contradictions(collected: Collected, on_bad_row: str, where: Callabl
     Raises:
         PairError: such a pair under 'error', or no other beside such.
     """
-    first = {(*pair._replace(prompt=normalise_prompt(pair.prompt)),): row for row, pair in collected.rows.items()}
+    bare = {
+        row: pair._replace(
+            prompt=normalise_prompt(pair.prompt), chosen=pair.chosen.strip(), rejected=pair.rejected.strip()
+        )
+        for row, pair in collected.rows.items()
+    }
+    first = {pair: row for row, pair in bare.items()}
     good = []
-    for number, pair in collected.rows.items():
-        turned = pair._replace(prompt=normalise_prompt(pair.prompt), chosen=pair.rejected, rejected=pair.chosen)
-        if (other := first.get((*turned,))) is None:
+    for number, pair in bare.items():
+        if (other := first.get(pair._replace(chosen=pair.rejected, rejected=pair.chosen))) is None:
             good.append(number)
         elif on_bad_row == "error":
             raise PairError(

@@ -15,7 +15,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -46,6 +46,8 @@ WRONG_KINDS = {  # by a text file's first bytes: what it is, and what to do
 DELIMITERS = ",;\t|"
 SPLIT_NAMES = re.compile(r"(?:^|[-_.])(train|test|validation|valid|dev|eval|heldout)(?=[-_.])", re.IGNORECASE)
 TEXT_COLUMNS = {"prompt", "chosen", "rejected", "response"}
+OPTIONAL_COLUMNS = ("system", "tools")
+NUM_FIRST_ROWS = 100  # that are read before any is judged: a fault of them all is the file's, not a row's
 
 Row = dict[str, Any]
 Numbered = Iterator[tuple[int, Row | BadRow]]
@@ -71,22 +73,25 @@ class Source:
     origin: dict[str, Any]  # source, revision, license, sha256, of the Hub public: for metrics.json
     parts: list[Part] = field(default_factory=list)  # the files begun so far
     columns_key: str | None = None  # the parameter that maps its columns
+    columns: dict[str, str] = field(default_factory=dict)  # and its value: our names to the data's
 
     def where(self, number: int) -> str:
-        for part in reversed(self.parts):
-            if number > part.offset:
-                return f"{part.name}{part.separator}{number - part.offset}"
+        if part := self.part_of(number):
+            return f"{part.name}{part.separator}{number - part.offset}"
         return f"{self.name}{self.separator}{number}"
+
+    def part_of(self, number: int) -> Part | None:
+        return next((part for part in reversed(self.parts) if number > part.offset), None)
 
     @property
     def heldout_from(self) -> int:
         """The number above which rows are those to hold out whole. Known once all are read."""
         return min(part.offset for part in self.parts if part.heldout)
 
-    def renamed(self, columns: dict[str, str], columns_key: str) -> "Source":
+    def renamed(self, columns: dict[str, str], columns_key: str | None) -> "Source":
         """The same rows with columns under our names: `columns` maps ours to the data's."""
-        rows = _renamed(self.rows, columns, f"{self.name}: fetch_pairs.{columns_key}")
-        return Source(self.name, self.separator, rows, self.origin, self.parts, columns_key)
+        rows = _renamed(self, columns, f"fetch_pairs.{columns_key}")
+        return Source(self.name, self.separator, rows, self.origin, self.parts, columns_key, columns)
 
 
 def from_path(path: Path, files: str | None = None, heldout_files: str | None = None) -> Source:
@@ -216,7 +221,10 @@ def _shards(folder: Path, names: list[str], pattern: str) -> list[str]:
     shards = [name for name in names if fnmatch.fnmatchcase(name, pattern) and _kind_of(Path(name))]
     if not shards:
         found = ", ".join(names[:10]) or "nothing"
-        raise UserError(f"{folder}: no file {pattern!r} in a format read here ({FORMATS}); found: {found}")
+        inner = [path for path in sorted(folder.rglob("*")) if path.is_file() and _kind_of(path)]
+        below = list(dict.fromkeys(str(path.parent) for path in inner if path.parent != folder))
+        remedy = f"; such files are in {', '.join(below[:5])}: give that folder as the path" if below else ""
+        raise UserError(f"{folder}: no file {pattern!r} in a format read here ({FORMATS}); found: {found}{remedy}")
     return shards
 
 
@@ -225,22 +233,12 @@ def _rows_of(paths: list[Path], parts: list[Part], heldout: Set[str] = frozenset
 
     Args:
         heldout: names of the files to hold out whole.
-
-    Raises:
-        UserError: a file lacks a column of texts that the first one has.
     """
-    offset, columns = 0, None
+    offset = 0
     for path in paths:
         number = offset
-        for i, (own, row) in enumerate(_file_rows(path, parts, offset, path.name in heldout)):
+        for own, row in _file_rows(path, parts, offset, path.name in heldout):
             number = offset + own
-            if i == 0 and isinstance(row, dict):
-                if columns and (missing := sorted(columns - row.keys())):
-                    raise UserError(
-                        f"{path}: has no column {missing[0]!r}, which {paths[0].name} has "
-                        f"(found: {', '.join(map(repr, list(row)[:10]))}); the files' columns must be the same"
-                    )
-                columns = columns or row.keys() & TEXT_COLUMNS
             yield number, row
         offset = number
 
@@ -509,19 +507,51 @@ def _not_an_object(value: Any) -> BadRow:
     return BadRow("not_an_object", f"expected an object with columns, found {type(value).__name__}")
 
 
-def _renamed(rows: Numbered, columns: dict[str, str], key: str) -> Numbered:
-    """Rows with the columns named in `columns` (ours: theirs) under our names.
+def _renamed(source: Source, columns: dict[str, str], key: str) -> Numbered:
+    """A source's rows with the columns named in `columns` (ours: theirs) under our names.
+
+    Warns of an optional column that only some of the files have.
 
     Raises:
-        UserError: the first row has no such column.
+        UserError: the first rows of a file lack a column that `columns` names, or one of texts that the file before
+            has under our names.
     """
-    first = True
-    for number, row in rows:
-        if isinstance(row, dict):
-            if first and (missing := [theirs for theirs in columns.values() if theirs not in row]):
-                found = ", ".join(repr(name)[:40] for name in list(row)[:10])
-                raise UserError(f"{key} names the column {missing[0]!r}, which is not there (found: {found})")
-            first = False
-            others = {name: value for name, value in row.items() if name not in (*columns, *columns.values())}
-            row = others | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
-        yield number, row
+    files: dict[str, set[str]] = {}  # our columns of each file
+    for part, rows in groupby(source.rows, lambda numbered: source.part_of(numbered[0])):
+        begin = list(islice(rows, NUM_FIRST_ROWS))
+        names = list(dict.fromkeys(name for _, row in begin if isinstance(row, dict) for name in row))
+        if names:
+            file = part.name if part else source.name
+            found = f"(found: {', '.join(repr(name)[:40] for name in names[:10])})"
+            if missing := [theirs for theirs in columns.values() if theirs not in names]:
+                there = "not there" if len(begin) < NUM_FIRST_ROWS else f"not in the first {NUM_FIRST_ROWS} rows"
+                same = [f", though {_base(other)} has it; the files' columns must be the same" for other in files]
+                raise UserError(
+                    f"{file}: {key} names the column {missing[0]!r}, which is {there} {found}{''.join(same[:1])}"
+                )
+            ours = {name for name in names if name not in columns.values()} | columns.keys()
+            for other, its in files.items():
+                if missing := sorted((its - ours) & TEXT_COLUMNS):
+                    raise UserError(
+                        f"{file}: has no column {missing[0]!r}, which {_base(other)} has {found}; "
+                        "the files' columns must be the same"
+                    )
+            files[file] = ours
+        for number, row in chain(begin, rows):
+            yield number, _under_our_names(row, columns) if isinstance(row, dict) else row
+    for name in OPTIONAL_COLUMNS:
+        without = [_base(file) for file, ours in files.items() if name not in ours]
+        if without and len(without) < len(files):
+            print(
+                f"warning: {len(without)} of {len(files)} files of {source.name} have no column {name!r} "
+                f"({', '.join(without[:5])}): their rows are trained on without"
+            )
+
+
+def _under_our_names(row: Row, columns: dict[str, str]) -> Row:
+    others = {name: value for name, value in row.items() if name not in (*columns, *columns.values())}
+    return others | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+
+
+def _base(file: str) -> str:
+    return file.rpartition("/")[2]

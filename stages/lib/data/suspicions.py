@@ -9,11 +9,15 @@ from stages.lib.data.pairs import Pair
 # what other models' templates and dialogue forms put around turns; a plain text has none of it
 OTHER_TEMPLATE = re.compile(
     r"<\|(?:im_start|im_end|user|assistant|system|eot_id|end|start_header_id|endoftext)\|>|\[/?INST\]|<</?SYS>>"
-    r"|<(?:start|end)_of_turn>|</s>|(?:\A|\n\n)(?:### (?:Instruction|Response|Human|Assistant):|(?:Human|Assistant): )"
+    r"|<(?:start|end)_of_turn>|</s>|(?:\A|\n\n)### (?:Instruction|Response|Human|Assistant):"
+    r"|^(?:Human|User|Assistant|System):(?:\s|\Z)",
+    re.MULTILINE,
 )
+MISSING = {"nan", "none", "null", "n/a", "#n/a", "<na>"}  # how programs write that a cell is empty
 SUSPICIONS = {
     "other_template": "hold marks of another model's template: they are trained on as text",
     "begins_with_prompt": "have an answer that begins with the prompt: it is trained on as part of the answer",
+    "missing_value": "have a text that says only nan, None or null, as programs write an empty cell: it is trained on",
 }
 
 
@@ -22,9 +26,12 @@ def suspicious_counts(pairs: Iterable[Pair]) -> dict[str, int]:
     counts = dict.fromkeys(SUSPICIONS, 0)
     for pair in pairs:
         texts = (pair.chosen, pair.rejected)
-        prompt = pair.prompt if pair.messages is None else json.loads(pair.messages)[-1]["content"]
+        messages = [] if pair.messages is None else json.loads(pair.messages)
+        prompt = messages[-1]["content"] if messages else pair.prompt
+        asked = [message["content"] for message in messages] or [prompt]
         counts["other_template"] += any(OTHER_TEMPLATE.search(text) for text in (prompt, *texts))
         counts["begins_with_prompt"] += any(text.lstrip().startswith(prompt.strip()) for text in texts)
+        counts["missing_value"] += any(text.strip().casefold() in MISSING for text in (*asked, *texts))
     return counts
 
 
