@@ -24,6 +24,7 @@ from stages.lib.data.pairs import (
 )
 from stages.lib.data.rows import Source
 
+HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
 GOOD = {"prompt": "Hi?", "chosen": "Hey!", "rejected": "Good day."}
 
 
@@ -106,6 +107,14 @@ def test_drop_counts_by_reason(capsys):
     assert "dropped 2 rows (empty), the first: pairs.jsonl:2" in printed
 
 
+def test_a_question_in_a_column_beside_the_prompt_is_said(capsys):
+    rows = [GOOD | {"input": text, "context": "Hi"} for text in ("", "Translate this.", "And that.", None)]
+    collect(source(*rows), check_pair, "error")  # 'context' is part of the prompt
+    printed = capsys.readouterr().out
+    assert "warning: 2 of 4 rows of pairs.jsonl have a text in the column 'input' that is not part of" in printed
+    assert "column 'context'" not in printed
+
+
 def test_nothing_to_train_on_is_refused():
     with pytest.raises(PairError, match="pairs.jsonl: has no rows"):
         collect(source(), check_pair, "drop")
@@ -119,12 +128,12 @@ def test_nothing_to_train_on_is_refused():
         (
             {"question": "a", "chosen": "b", "rejected": "c"},
             "columns",
-            r"pairs.jsonl: column 'prompt' is missing .*fetch_pairs: columns: {prompt: question}$",
+            r"pairs.jsonl: column 'prompt' is missing; .*columns: {prompt: question} \(found: 'question', 'cho.*\)$",
         ),
         (
             {"instruction": "a", "chosen_response": "b", "rejected_response": "c", "chosen_rating": 3},
             "columns",
-            r"columns: {prompt: instruction, chosen: chosen_response, rejected: rejected_response}$",
+            r"columns: {prompt: instruction, chosen: chosen_response, rejected: rejected_response} \(found",
         ),
         (
             {"question": "a", "instruction": "x", "chosen": "b", "rejected": "c"},
@@ -134,7 +143,22 @@ def test_nothing_to_train_on_is_refused():
         (
             {"question": "a", "answer": "b"},
             "unseen_columns",
-            r"unseen_columns: {prompt: question, response: answer}$",
+            r"unseen_columns: {prompt: question, response: answer} \(found",
+        ),
+        (
+            {"Prompt": "a", " chosen": "b", "REJECTED": "c"},
+            "columns",
+            r"columns: {prompt: Prompt, chosen: \" chosen\", rejected: REJECTED} \(found",
+        ),
+        (
+            {"conversations": [HUMAN], "chosen": GPT, "rejected": GPT | {"value": "c"}},
+            "columns",
+            r"^pairs.jsonl: column 'prompt' is missing; .* columns: {prompt: conversations} \(found",
+        ),
+        (
+            {"messages": [HUMAN, GPT], "chosen": "b", "rejected": "c"},
+            "columns",
+            r"'messages', .*turns\)$",
         ),
         ({"question": "a", "chosen": "b", "rejected": "c"}, None, r"'question', 'chosen', .*turns\)$"),
     ],

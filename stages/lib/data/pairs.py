@@ -1,5 +1,7 @@
 """Preference pairs: what a valid row is, counting those that are not, duplicates, the split by prompt."""
 
+import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -10,18 +12,36 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from stages.lib.data.conversations import read_conversation, spell_names
+from stages.lib.data.conversations import ROLES, read_conversation, spell_names
 from stages.lib.data.messages import BadRow
 from stages.lib.data.rows import NUM_FIRST_ROWS, Source
 from stages.lib.run.draws import HELDOUT_PROMPTS, draw, shuffled
 from stages.lib.run.errors import UserError
 
 OTHER_NAMES = {  # under which the field knows our columns
-    "prompt": ("question", "instruction", "input", "query", "user_prompt", "problem", "context", "user"),
-    "chosen": ("chosen_response", "response_chosen", "answer_chosen", "accepted", "preferred", "better", "win"),
-    "rejected": ("rejected_response", "response_rejected", "answer_rejected", "dispreferred", "worse", "lose"),
+    "prompt": (
+        "question", "instruction", "input", "query", "user_prompt", "problem", "context", "user", "history",
+        "conversations", "conversation", "messages",
+    ),
+    "chosen": (
+        "chosen_response", "response_chosen", "answer_chosen", "accepted", "preferred", "better", "win",
+        "preferred_output",
+    ),
+    "rejected": (
+        "rejected_response", "response_rejected", "answer_rejected", "dispreferred", "worse", "lose",
+        "non_preferred_output",
+    ),
     "response": ("answer", "output", "completion", "target", "chosen"),
-}
+}  # fmt: skip
+BESIDE_THE_PROMPT = {
+    "question",
+    "instruction",
+    "input",
+    "query",
+    "problem",
+    "context",
+    "history",
+}  # may belong to it
 COLUMNS = {"prompt", "chosen", "rejected", "response", "system", "tools"}  # that say something here
 
 
@@ -93,6 +113,7 @@ def collect(source: Source, check: Callable[[dict], Pair | Text | Prompt | BadRo
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}  # an example of each reason
     ignored: set[str] = set()
+    lost: Counter[str] = Counter()  # rows whose text in an ignored column is not in the prompt
     begin = list(islice(source.rows, NUM_FIRST_ROWS))
     if fault := _fault_of_the_file(source, begin, check, on_bad_row):
         raise PairError(fault)
@@ -101,6 +122,9 @@ def collect(source: Source, check: Callable[[dict], Pair | Text | Prompt | BadRo
         if not isinstance(checked, BadRow):
             rows[number] = checked
             ignored |= row.keys() - COLUMNS
+            lost.update(
+                name for name in BESIDE_THE_PROMPT & row.keys() if not _is_within(row[name], checked.prompt)
+            )
             continue
         message = f"{source.where(number)}: {checked.message}"
         if on_bad_row == "error":
@@ -109,6 +133,11 @@ def collect(source: Source, check: Callable[[dict], Pair | Text | Prompt | BadRo
         first.setdefault(checked.reason, message)
     if ignored:
         print(f"ignored columns of {source.name}: {spell_names(sorted(ignored))}")
+    for name in sorted(lost):
+        print(
+            f"warning: {lost[name]} of {len(rows)} rows of {source.name} have a text in the column {name!r} that "
+            "is not part of the prompt, and so not trained on: where it belongs to the question, join the two"
+        )
     for reason, message in first.items():
         print(f"dropped {dropped[reason]} rows ({reason}), the first: {message}")
     read = len(rows) + sum(dropped.values())
@@ -130,9 +159,12 @@ def _fault_of_the_file(
     if len(reasons) != 1 or None in reasons:
         return None
     reason, (number, bad) = reasons.pop(), checked[0]
-    if reason == "missing_column":
+    if reason in ("missing_column", "conversation"):  # the latter: the prompt's turns may be in another column
         row = next(row for _, row in begin if isinstance(row, dict))
-        return f"{source.name}: {bad.message}{_renaming(source, row)}"
+        if line := _renaming(source, row):
+            return f"{source.name}: {line}"
+        if reason == "missing_column":
+            return f"{source.name}: {bad.message}"
     if len(checked) < 3 or on_bad_row == "drop":
         return None
     rows = f"all {len(checked)} rows" if len(checked) < NUM_FIRST_ROWS else f"the first {len(checked)} rows"
@@ -141,17 +173,43 @@ def _fault_of_the_file(
 
 def _renaming(source: Source, row: dict[str, Any]) -> str:
     """The line for params.yaml where the names of a row's columns make it obvious."""
-    wanted = ("prompt", "response") if source.columns_key == "unseen_columns" else ("prompt", "chosen", "rejected")
-    pairs = {}
-    for ours in wanted:
-        if ours not in row:
-            there = [name for name in OTHER_NAMES[ours] if name in row]
-            if len(there) == 1:
-                pairs[ours] = there[0]
-    if source.columns_key is None or not pairs:
+    if source.columns_key is None:
         return ""
-    spelt = ", ".join(f"{ours}: {theirs}" for ours, theirs in pairs.items())
-    return f"; if these are they, set in params.yaml, fetch_pairs: {source.columns_key}: {{{spelt}}}"
+    wanted = ("prompt", "response") if source.columns_key == "unseen_columns" else ("prompt", "chosen", "rejected")
+    spelt = {name.strip().casefold(): name for name in row}
+    missing = [ours for ours in wanted if ours not in row]
+    pairs = {}
+    for ours in missing:
+        there = [spelt[name] for name in OTHER_NAMES[ours] if name in spelt and _may_be(ours, row[spelt[name]])]
+        if ours in spelt:
+            pairs[ours] = spelt[ours]
+        elif len(there) == 1:
+            pairs[ours] = there[0]
+    if not pairs:
+        return ""
+    line = ", ".join(f"{ours}: {_as_yaml(theirs)}" for ours, theirs in (source.columns | pairs).items())
+    return (
+        f"column '{missing[0]}' is missing; if these are they, set in params.yaml, fetch_pairs: "
+        f"{source.columns_key}: {{{line}}} (found: {spell_names(row)})"
+    )
+
+
+def _may_be(ours: str, value: Any) -> bool:
+    """Whether a value has a form that is read as our column: a prompt's last turn is not the assistant's."""
+    if ours != "prompt" or not isinstance(value, list):
+        return not (ours == "prompt" and isinstance(value, dict))
+    last = value[-1] if value else None
+    role = last.get("role", last.get("from")) if isinstance(last, dict) else None
+    return isinstance(role, str) and ROLES.get(role.strip().lower()) in ("user", "tool")
+
+
+def _as_yaml(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z_][\w-]*", name) else json.dumps(name, ensure_ascii=False)
+
+
+def _is_within(value: Any, prompt: str) -> bool:
+    """Whether a column says nothing that the prompt does not."""
+    return not value or (isinstance(value, str) and value.strip() in prompt)
 
 
 def check_pair(row: dict[str, Any]) -> Pair | BadRow:
