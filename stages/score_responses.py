@@ -10,7 +10,7 @@ Reads   data/answers.parquet, data/base_answers.parquet, data/courses/{dpo,ppo}.
         params.yaml: analyze_logps.confidence and bootstrap_samples, those of every interval
 Writes  reports/score_responses/scorecard.csv        model, decoding, measure, mean and change with intervals
         reports/score_responses/verdicts.json        per model: verdict and reasons
-        reports/score_responses/frontier.csv, .png   score and win rate against distance from the base
+        reports/score_responses/frontier.csv, .png   score gained and win rate against distance from the base
         reports/score_responses/scores.png           reward-model scores of pairs and of answers
         reports/score_responses/metrics.json         the preferred answers' ranges, and what a verdict hangs on
         reports/score_responses/run.json             seconds, tokens/s, memory, versions
@@ -51,7 +51,8 @@ from stages.lib.run.params import Base, MicroBatchTokens, Section, load_params
 from stages.lib.run.stage import run_stage
 
 TRAINED = ("dpo", "ppo")
-TILES = ("score", "objective", "kl", "rep_4", "tokens", "ended", "emoji", "win_rate", "win_rate_lc")
+TILES = ("score", "objective", "kl", "rep_4", "tokens", "ended", "emoji")
+TILES += ("win_rate", "win_rate_lc", "win_rate_same_end")
 REPORTS = Path("reports/score_responses")
 
 

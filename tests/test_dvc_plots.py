@@ -154,6 +154,19 @@ def test_plots_show_draws_every_chart_with_its_data(page):
     assert "<DVC_METRIC" not in page.read_text(encoding="utf-8")  # no placeholder is left
 
 
+def test_what_orders_a_line_is_read_as_a_number(page):
+    """DVC hands over a CSV file's cells as text, and as text 12 comes before 4: a course would be a zigzag."""
+    ordered = 0
+    for chart in specs(page):
+        for layer in (chart, *chart.get("layer", [])):
+            if order := layer.get("encoding", {}).get("order"):
+                assert chart["data"]["format"]["parse"][order["field"]] == "number", chart["title"]["text"]
+                ordered += 1
+            if domain := layer.get("encoding", {}).get("color", {}).get("scale", {}).get("domain"):
+                assert {row["series"] for row in chart["data"]["values"]} == set(domain)  # each has its colour
+    assert ordered == 2  # the frontier's
+
+
 def test_plots_show_draws_every_picture_once(page):
     html = page.read_text(encoding="utf-8")
     assert pictures()

@@ -13,6 +13,7 @@ REPO = Path(__file__).resolve().parents[2]
 MODELS = ("base", "dpo", "ppo")
 MEASURES = ("score", "kl", "rep_4", "tokens", "entropy", "base_logp_per_token", "emoji", "exclamations", "ended")
 MEASURES += ("objective", "asks_back", "disclaimer", "distinct_2", "win_rate", "win_rate_lc")
+MEASURES += ("win_rate_same_end",)
 GROUPS = ("train_chosen", "train_rejected", "heldout_chosen", "heldout_rejected", "unseen")
 RANKERS = {"emoji": 1.0, "apostrophes": 0.99, "length_in_words": 0.93, "no_ai_phrase": 0.8, "base_log_prob": 0.4}
 PICTURES = ("densities", "ecdf", "displacement", "rankers", "margins")  # of analyze_logps
@@ -65,6 +66,7 @@ def example_metrics() -> dict[str, dict[str, Any]]:
     pairs = {"source": "pairs_embedded.jsonl", "revision": None, "license": None, "sha256": "5d" * 32}
     pairs |= {"read": 340, "kept": 336, "dropped": {"duplicate": 4}, **counts}
     pairs |= {"train_prompts": 302, "heldout_prompts": 34, "repeated_prompts": 0, "seed": 42}
+    pairs |= {"judge_pairs": 67, "judge_prompts": 61}
     pairs["unseen"] = {"source": "unseen_embedded.jsonl", "read": 120, "dropped": {}}
     dpo = {"loss": 0.04, "rewards/chosen": 1.9, "rewards/rejected": -6.4, "rewards/margins": 8.3}
     dpo |= {"rewards/accuracies": 0.97, "logps/chosen": -178.2, "logps/rejected": -181.0}
@@ -192,11 +194,19 @@ def example_tables() -> dict[str, list[dict[str, float]]]:
         and not (name.startswith("win_rate") and model == "base")
     ]
     frontier = [
-        {"series": series, "step": step, "kl": 0.5 * step, "sqrt_kl": math.sqrt(0.5 * step)}
+        {"series": series, "step": step, "prompts": prompts, "kl": 0.5 * step, "sqrt_kl": math.sqrt(0.5 * step)}
         | interval("score", -1 + 0.1 * step, 0.2)
+        | interval("score_gain", 0.1 * step, 0.1)
         | interval("win_rate", 0.5 + 0.02 * step, 0.1)
-        for series in ("base", "DPO", "PPO", "DPO's course", "PPO's course", "best of n")
-        for step in ((0,) if series == "base" else (9,) if series in ("DPO", "PPO") else (1, 2, 4, 8))
+        for series, prompts in {
+            "Base": 256,
+            "DPO": 256,
+            "PPO": 256,
+            "DPO's course": 32,
+            "PPO's course": 60,
+            "best of n": 8,
+        }.items()
+        for step in ((0,) if series == "Base" else (9,) if series in ("DPO", "PPO") else (1, 2, 4, 8))
     ]
     pairs = [
         {

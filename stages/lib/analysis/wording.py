@@ -16,9 +16,11 @@ CAPTIONS = {  # picture -> what to look for
     "overfitting.",
     "scores": "Left: the further apart, the surer the reward model. Right: the same prompts answered by each "
     "model; a shift to the right is what PPO was trained for. A tick below is one answer.",
-    "frontier": "Up is better, right is further from the base; a course runs as training goes on. A score that "
-    "rises while the win rate does not is the reward model deceived; the judge took no part in training. "
-    "Bars are confidence intervals. Best of n: what the reward model likes most among n of the base's answers.",
+    "frontier": "Up is better, right is further from the base; a course runs as training goes on. Each series is on "
+    "prompts of its own, in number as stated, and is compared with the base's answers to those very prompts. A score "
+    "that rises while the win rate does not may be the reward model deceived, but single looks scatter by as much as "
+    "their bars, which are confidence intervals. Best of n, the base's answer that the reward model likes most of n, "
+    "shows what that model buys without training, at a KL of at most log n − (n − 1)/n.",
 }
 
 

@@ -57,7 +57,7 @@ def _pictures(**titles: str) -> list[Picture]:
 
 
 _RANKERS = "What orders held-out pairs, the models beside one-feature rankers"
-_FRONTIER = "Score and win rate against distance from the base"
+_FRONTIER = "Score gained and win rate against distance from the base"
 _MOVES = "How far training moved each text"
 PICTURES: dict[Kind, list[Picture]] = {
     "dpo": _pictures(

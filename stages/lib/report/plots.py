@@ -188,7 +188,7 @@ def margins(history: pd.DataFrame, heldout: pd.DataFrame) -> bytes:
 
 
 def frontier(points: pd.DataFrame) -> bytes:
-    """Score and the judge's win rate against distance from the base (columns as in frontier.py's rows)."""
+    """Score gained and the judge's win rate against distance from the base (columns as in frontier.py's rows)."""
     looks = {
         "best of n": (PURPLE, "s", ":"),
         "DPO's course": (ORANGE, "^", "--"),
@@ -197,14 +197,18 @@ def frontier(points: pd.DataFrame) -> bytes:
         "DPO": (ORANGE, "D", "None"),
         "PPO": (GREEN, "D", "None"),
     }
-    titles = {"score": "Reward-model score", "win_rate": "Judge's win rate over the base"}
+    titles = {
+        "score_gain": "Reward-model score gained over the base",
+        "win_rate": "Judge's win rate over the base",
+    }
     with matplotlib.rc_context(STYLE):
-        figure = _figure(4.9)
+        figure = _figure(5.2)
         panels = figure.subplots(1, 2)
         for axes, (measure, title) in zip(panels, titles.items(), strict=True):
             for series, (colour, marker, line) in looks.items():
                 part = points.query("series == @series")
                 finished = line == "None"
+                name = f"{series}, as evaluated" if finished and series != MODELS["base"] else series
                 axes.plot(
                     part["sqrt_kl"],
                     part[measure],
@@ -214,12 +218,13 @@ def frontier(points: pd.DataFrame) -> bytes:
                     markersize=9 if finished else 5,
                     markeredgecolor="white" if finished else colour,
                     alpha=1 if finished else 0.75,
-                    label=f"{series}, as evaluated" if finished and series != MODELS["base"] else series,
+                    label=f"{name} ({part['prompts'].iloc[0]:.0f} prompts)" if len(part) else None,
                     zorder=3 if finished else 2,
                 )
-                ends = part[[f"{measure}_low", f"{measure}_high"]].to_numpy(float)
-                if finished and not np.isnan(ends).any():
-                    axes.vlines(part["sqrt_kl"], *ends.T, color=colour, linewidth=1.6)
+                bars = part.dropna(subset=[f"{measure}_low", f"{measure}_high"])
+                ends = bars[f"{measure}_low"], bars[f"{measure}_high"]
+                width, alpha = (1.6, 1.0) if finished else (0.8, 0.4)
+                axes.vlines(bars["sqrt_kl"], *ends, color=colour, linewidth=width, alpha=alpha, zorder=1)
                 if series == "best of n":
                     for _, point in part[part["step"] > 1].iterrows():  # of one is the base
                         axes.annotate(
@@ -233,10 +238,11 @@ def frontier(points: pd.DataFrame) -> bytes:
                         )
             axes.set(title=title, xlabel="√KL to the base (nats per answer)")
             axes.margins(0.08)
-        panels[1].axhline(0.5, color=GREY, linestyle=":", linewidth=1.2)
+        for axes, nothing in zip(panels, (0.0, 0.5), strict=True):
+            axes.axhline(nothing, color=GREY, linestyle=":", linewidth=1.2)
         panels[1].yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         panels[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-        _legend(figure, panels[0], columns=3)
+        _legend(figure, panels[0], columns=2)
         return _png(figure, "What was gained, and how far from the base", "frontier")
 
 
@@ -251,7 +257,7 @@ def scores(pairs: pd.DataFrame, answers: pd.DataFrame) -> bytes:
         (
             "Held-out answers of the data",
             pairs,
-            (("chosen_score", "chosen", BLUE), ("rejected_score", "rejected", ORANGE)),
+            (("chosen_score", "chosen", BLUE), ("rejected_score", "rejected", PURPLE)),
         ),
         (
             "Generated answers",
@@ -261,9 +267,12 @@ def scores(pairs: pd.DataFrame, answers: pd.DataFrame) -> bytes:
     )
     with matplotlib.rc_context(STYLE):
         figure = _figure(4.1)
-        panels = figure.subplots(1, 2)
+        panels = figure.subplots(1, 2, sharex=True)
+        everything = [
+            table[[column for column, *_ in series]].to_numpy().ravel() for _, table, series in panels_of
+        ]
+        grid = np.linspace(*_span(np.concatenate(everything), 0.15), 300)
         for axes, (title, table, series) in zip(panels, panels_of, strict=True):
-            grid = np.linspace(*_span(table[[column for column, *_ in series]].to_numpy(), 0.25), 300)
             for (column, name, colour), line, row in zip(series, ("-", "--", "-."), range(3), strict=False):
                 values = table[column].to_numpy()
                 curve = _density(values, grid)
