@@ -90,6 +90,7 @@ def test_numbers_stand_beside_their_intervals_and_baselines(root):
     assert "apostrophes" in text and "0.99 [0.98, 1.00]" in text  # a baseline that beats it
     assert "+0.10 [\N{MINUS SIGN}0.10, +0.30]" in text  # gain in score
     assert "302 pairs over 302 prompts" in text and "4 (duplicate)" in text
+    assert "67 pairs over 61 prompts: it is fitted on them" in text  # with the two others, all that was kept
     assert "36 min 08 s" in text  # fifteen stages: 15 + 20.5 * 105 = 2,167.5 s
     assert "beta: 0.1" in text and "# implicit-reward temperature" in text
 

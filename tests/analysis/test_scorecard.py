@@ -3,8 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import binomtest
 
-from stages.lib.analysis.scorecard import preferred_ranges, scorecard
+from stages.lib.analysis.scorecard import preferences, preferred_ranges, scorecard
 from stages.lib.analysis.stats import Resampling
 from tests.analysis.test_measures import answers
 
@@ -35,8 +36,8 @@ def test_every_model_and_decoding_has_its_measures():
     assert (
         count["base", "sampled"] == 13 and count["base", "greedy"] == 10
     )  # greedy: no KL, no entropy, no objective
-    assert count["dpo", "sampled"] == 15 and count["dpo", "greedy"] == 12  # and two win rates
-    assert count["chosen", "data"] == 11  # nor log-probs under the base
+    assert count["dpo", "sampled"] == 16 and count["dpo", "greedy"] == 13  # and three win rates
+    assert count["chosen", "data"] == 12  # nor log-probs under the base
     dpo = table.loc[("dpo", "sampled")]
     assert dpo.loc["tokens", ["mean", "change", "change_low", "change_high"]].tolist() == [7.5, 1, 1, 1]
     assert dpo.loc["win_rate", "mean"] == 1 and dpo.loc["win_rate", "low"] == pytest.approx(
@@ -53,3 +54,17 @@ def test_the_range_is_of_the_mean_over_prompts():
     found = preferred_ranges(one_of_each(), HOW)
     assert found["tokens"] == (4, 4) and found["ended"] == (1, 1)
     assert found["emoji"] == (0, 1)  # of four answers two have one: 1/16 of resamples have none
+
+
+def test_the_win_rate_among_answers_of_the_same_end():
+    """Of eight prompts the model wins all three where it alone ended, and of five others two."""
+    columns = {"prompt_id": range(8), "response_ids": [[9]] * 8}
+    base = pd.DataFrame(columns).assign(judge=1.0, ended=[True] + [False] * 7)
+    model = base.assign(ended=[True] * 4 + [False] * 4, judge=[2.0, 2, 2, 2, 2, 0, 0, 0])
+    found = preferences(model, base, 0.95)
+    assert found["win_rate"].mean == 5 / 8 and found["win_rate_same_end"].mean == 2 / 5
+    exact = binomtest(2, 5).proportion_ci(0.95, method="exact")
+    assert (found["win_rate_same_end"].low, found["win_rate_same_end"].high) == pytest.approx(
+        (exact.low, exact.high)
+    )
+    assert preferences(model.assign(ended=True), base.assign(ended=False), 0.95)["win_rate_same_end"] is None

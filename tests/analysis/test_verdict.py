@@ -53,6 +53,17 @@ def test_the_judge_decides_where_nothing_is_broken(plain, at_equal_length, word)
     assert "KL to the base 5.0 nats" in found.text
 
 
+def test_what_the_judge_prefers_among_answers_of_the_same_end_is_said_and_decides_nothing():
+    table = card(FINE)
+    sentence = "in 60 % [55, 65], in 60 % [55, 65] at equal length"
+    assert verdict(table, "dpo", RANGES).reasons[0].endswith(sentence)  # where no prompt is such
+    row = {"model": "dpo", "decoding": "sampled", "measure": "win_rate_same_end"}
+    row |= {"mean": 0.45, "low": 0.4, "high": 0.49}
+    found = verdict(pd.concat([table, pd.DataFrame([row])], ignore_index=True), "dpo", RANGES)
+    assert found.word == "better"
+    assert found.reasons[0].endswith(f"{sentence}, in 45 % [40, 49] where both ended or both were cut")
+
+
 def test_without_intervals_there_is_no_finding():
     lone = card(FINE | {"rep_4": 0.9, "tokens": 20.0, "score": 4.0}, (1.0, 0.025, 1.0), (0.8, None, None))
     lone[["change_low", "change_high"]] = None

@@ -19,6 +19,7 @@ COLUMNS = {"base": "base", "dpo": "DPO", "ppo": "PPO", "chosen": "preferred answ
 ROWS = (  # measure, decoding, label, digits, as a percentage
     ("win_rate", "sampled", "the judge prefers it to the base’s", 0, True),
     ("win_rate_lc", "sampled", "the same at equal length", 0, True),
+    ("win_rate_same_end", "sampled", "the same where both ended, or both were cut", 0, True),
     ("score", "sampled", "reward model’s score", 2, False),
     ("objective", "sampled", "PPO’s objective: score less penalties", 2, False),
     ("kl", "sampled", "KL to the base, nats an answer", 1, False),
@@ -92,6 +93,8 @@ def scorecard(read: Read, reports: str) -> str:
         for model in COLUMNS:
             row = found.get((model, "data" if model == "chosen" and decoding == "sampled" else decoding, measure))
             cells.append(cell(row, digits, as_percentage) if row else "")
+        if not any(cells):  # a measure that is newer than these reports
+            continue
         lines.append(f"| {label.format(limit=limit)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

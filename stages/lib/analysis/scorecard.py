@@ -18,9 +18,10 @@ RANGED = ("tokens", "emoji", "ended")
 def scorecard(answers: pd.DataFrame, how: Resampling) -> list[dict]:
     """Rows of model, decoding, measure, mean, low, high, change, change_low, change_high.
 
-    The measures of measures.py, and win_rate and win_rate_lc: how often the judge prefers the answer to the base's
-    of the same decoding (of the preferred answers: to its sampled ones), as it is and at equal length. Empty are
-    the changes of the base and of the preferred answers, and the ends of an interval where one prompt allows none.
+    The measures of measures.py, and how often the judge prefers the answer to the base's of the same decoding (of
+    the preferred answers: to its sampled ones): win_rate as it is, win_rate_lc at equal length, win_rate_same_end
+    over the prompts where both ended by themselves or both were cut; without a row where no prompt is such. Empty
+    are the changes of the base and of the preferred answers, and the ends of an interval where one prompt allows none.
 
     Args:
         answers: a row per answer as in measures.py, at most one per model, decoding and prompt; the base's among
@@ -42,18 +43,25 @@ def scorecard(answers: pd.DataFrame, how: Resampling) -> list[dict]:
             rows += [
                 _row(model, decoding, measure, found)
                 for measure, found in preferences(group, base, how.confidence).items()
+                if found is not None
             ]
     return rows
 
 
-def preferences(answers: pd.DataFrame, base: pd.DataFrame, confidence: float) -> dict[str, Interval]:
-    """win_rate and win_rate_lc of answers over the base's to the same prompts."""
+def preferences(answers: pd.DataFrame, base: pd.DataFrame, confidence: float) -> dict[str, Interval | None]:
+    """win_rate, win_rate_lc and win_rate_same_end of answers over the base's to the same prompts.
+
+    The judge prefers an answer that ended to one that was cut; the last of the three leaves that out. It is None
+    where no prompt has two answers of the same end.
+    """
     both = answers.merge(base, on="prompt_id", suffixes=("", "_base"), validate="one_to_one")
     won = wins(both["judge"], both["judge_base"])
     longer = both["response_ids"].map(len) - both["response_ids_base"].map(len)
+    same_end = (both["ended"] == both["ended_base"]).to_numpy()
     return {
         "win_rate": win_rate(won, confidence),
         "win_rate_lc": length_controlled_win_rate(won, longer, confidence),
+        "win_rate_same_end": win_rate(won[same_end], confidence) if same_end.any() else None,
     }
 
 

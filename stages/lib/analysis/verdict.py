@@ -11,6 +11,9 @@ Else better, if the judge's win rate over the base has its interval above 1/2, a
 if both lie below; no difference found otherwise. Where one prompt allows no interval at equal length, the word is that
 there is none, and no finding.
 
+A reason adds the win rate where both answers ended by themselves or both were cut, which the word does not hang on:
+that an answer ends is part of what makes it better, and the few prompts left tell less.
+
 Rule 3 compares with the base because the base itself may lie outside: a model that is no further out is not broken
 by training. Rules 2 to 4 look at sampled answers.
 """
@@ -96,6 +99,9 @@ def verdict(scorecard: pd.DataFrame, model: str, ranges: Mapping[str, tuple[floa
         f"the judge prefers its answers to the base's in {percent(plain)}, in {percent(at_equal_length)} at "
         "equal length"
     )
+    if (model, "sampled", "win_rate_same_end") in rows.index:  # else no prompt's two answers ended alike
+        same_end = interval(model, "sampled", "win_rate_same_end", "mean", "low", "high")
+        preferred += f", in {percent(same_end)} where both ended or both were cut"
     kl = interval(model, "sampled", "kl", "mean", "low", "high")
     return Verdict(word, [preferred, f"KL to the base {number(kl.mean, 1)} nats an answer"])
 

@@ -39,11 +39,16 @@ BACKBONES = {
     "full": "the base, all trained",
 }
 JUDGED = ("dpo", "ppo")  # against the base
+MAY_LACK = (
+    "objective",  # is of another reference than the base, where PPO started from DPO
+    "win_rate_same_end",  # where no prompt has two answers that both ended or both were cut
+)
 
 COLUMNS = {**MODELS, "chosen": "Preferred answers"}
 MEASURES = {  # of scorecard.csv: decoding, label, digits, as a percentage
     "win_rate": ("sampled", "Preferred to the base’s by the judge", 0, True),
     "win_rate_lc": ("sampled", "The same at equal length", 0, True),
+    "win_rate_same_end": ("sampled", "The same where both ended or both were cut", 0, True),
     "score": ("sampled", "Reward-model score", 2, False),
     "objective": ("sampled", "PPO’s objective", 2, False),
     "kl": ("sampled", "KL to the base (nats per answer)", 1, False),
@@ -138,6 +143,7 @@ def data_counts(files: ReportFiles) -> list[tuple[str, str]]:
         ("Dropped when tokenized", _reasons(files.metric("tokenize_pairs", "dropped"))),
         ("Trained on", sizes("train")),
         ("Held out", f"{sizes('heldout')}, none of them trained on"),
+        ("The judge’s", f"{sizes('judge')}: it is fitted on them, and settings were chosen on their prompts"),
         ("Unseen texts", f"{unseen:,} of another kind, from {source}"),
         ("Cut to a limit", _reasons(cuts)),
         (
@@ -182,7 +188,8 @@ def training_curves(files: ReportFiles) -> list[Picture]:
             "DPO: pairs ranked right",
             "rewards/accuracies",
             "share of pairs",
-            "By the implicit reward. A gap between the lines is overfitting.",
+            "By the implicit reward. Training batches hold corrupted copies, too, so a gap alone says nothing; "
+            "a held-out line that falls again is overfitting.",
         ),
         dpo(
             "DPO: reward margin",
@@ -251,7 +258,7 @@ def scorecard(files: ReportFiles, mark_change: Callable[[str], str] | None = Non
                 cell = mark_change(cell)
             cells.append(cell)
         if cells[1:] == [NONE] * len(COLUMNS):
-            if measure == "objective":  # is of another reference than the base, where PPO started from DPO
+            if measure in MAY_LACK:
                 continue
             where = "reports/score_responses/scorecard.csv"
             raise UserError(f"{where}: no {measure}; run `dvc repro -f score_responses`")
