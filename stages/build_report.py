@@ -43,6 +43,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         title=params.title,
         lede=sections.lede(files),
         verdict=paragraphs(sections.verdict_paragraphs(files)),
+        judge=sections.judge(files),
         scorecard=sections.scorecard(files, mark_change=strong),
         second_judge=sections.second_judge(files),
         frontier=pictures.pop("frontier"),

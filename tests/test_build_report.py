@@ -76,6 +76,8 @@ def test_every_chart_and_picture_is_inlined_with_words(root):
 def test_the_verdict_comes_first_and_the_answers_before_their_log_probs(root):
     text = build(root).text
     order = ["million parameters", "DPO: broken.", "PPO: no difference found."]
+    order += ["The judge is a logistic regression", "fitted on 67 pairs of its own and 1,137 with corrupted"]
+    order += ["one to another prompt in 62\N{NO-BREAK SPACE}% of cases"]
     order += ["What the answers are worth", "Preferred to the base’s", "routine like, number 0"]
     order += ["Score gained by PPO", "Does the final model find", "Which of two answers", "DPO: loss"]
     order += ["Base model", "Tokens/s", "Git revision"]
@@ -191,7 +193,6 @@ NOT_SHOWN = (
     "corrupt_answers",
     "inspect_pairs",
     "reference_logps",
-    "train_judge",
     "publish_hub",
 )  # but for what they cost
 

@@ -104,7 +104,7 @@ def example_metrics() -> dict[str, dict[str, Any]]:
         },
         "train_reward": {"train_pairs": 302, "heldout_pairs": 34, "steps": 152, "heldout": reward},
         "corrupt_answers": {"train": 2416},
-        "train_judge": {"judge_pairs": 60},
+        "train_judge": {"pairs": 67, "corrupted": 1137, "by_kind": {"loop": 1.0, "other_prompt": 0.617647}},
         "train_ppo": {"episodes": 192, "updates": 12, "kept_update": 12, "stopped_early": None, "kl": 2.4},
         "sample_responses": {"heldout_prompts": 34, "eval_prompts": 222, "max_new_tokens": 128},
         "score_responses": {"prompts": 256, "preferred": {"tokens": [88.0, 102.0], "emoji": [1.5, 2.1]}},

@@ -124,6 +124,7 @@ class Page:
     title: str
     lede: str
     verdict: Markup
+    judge: str  # whose verdict it is
     scorecard: Table
     second_judge: Table | None  # where one was asked
     frontier: Picture

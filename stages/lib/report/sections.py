@@ -297,6 +297,22 @@ def verdict_paragraphs(files: ReportFiles) -> str:
     )
 
 
+def judge(files: ReportFiles) -> str:
+    """Who compares the answers, and what it can tell."""
+    pairs, copies, kinds = (files.metric("train_judge", name) for name in ("pairs", "corrupted", "by_kind"))
+    told = ""
+    if "other_prompt" in kinds:
+        told = (
+            " It judges manner more than relevance: it tells a held-out answer from one to another prompt in "
+            f"{percentages(kinds['other_prompt'])} of cases."
+        )
+    return (
+        "The judge is a logistic regression on the same base’s hidden states, fitted on "
+        f"{_times(pairs, 'pair')} of its own and {copies:,} with corrupted or shortened copies of their answers. "
+        f"It took no part in training, but settings were chosen on its own prompts.{told}"
+    )
+
+
 def cost_tile(files: ReportFiles) -> Tile:
     """Time and memory at a glance."""
     runs = read_runs(files)
