@@ -63,11 +63,12 @@ def course(
     of_prompt = {prompt_id: own.to_numpy() for prompt_id, own in opponents.groupby("prompt_id")["judge"]}
     won = [wins(judge, of_prompt[i]).mean() for judge, i in zip(looks["judge"], looks["prompt_id"], strict=True)]
     looks = looks.assign(won=won)
-    of_base = opponents.groupby("prompt_id")["score"].mean()
+    of_base = {prompt_id: own.mean() for prompt_id, own in opponents.groupby("prompt_id")["score"]}
     if from_base:
-        start = looks[looks["step"] == looks["step"].min()].set_index("prompt_id")
-        looks["won"] += [0.5 - start["won"][prompt_id] for prompt_id in looks["prompt_id"]]
-        of_base = start["score"]
+        start = looks[looks["step"] == looks["step"].min()]
+        won_at_start = dict(zip(start["prompt_id"], start["won"], strict=True))
+        looks["won"] += [0.5 - won_at_start[prompt_id] for prompt_id in looks["prompt_id"]]
+        of_base = dict(zip(start["prompt_id"], start["score"], strict=True))
     looks["gain"] = looks["score"] - [of_base[prompt_id] for prompt_id in looks["prompt_id"]]
     points = []
     for step, look in looks.groupby("step"):
