@@ -1,5 +1,6 @@
 """Rows in every form and files in every format, then damaged: read as they stand, refused by name, or counted."""
 
+import ast
 import bz2
 import csv
 import gzip
@@ -42,6 +43,7 @@ def said(role, text):
 
 
 FORMS = ["plain", "messages", "implicit", "repeated", "dialogue", "written", "parts", "from"]
+JSON_ANSWERS = ['{"role": "assistant", "content": "K"}', '{"value": "k"}', '[{"content": "k"}]', '["k"]', '"k"']
 
 
 @st.composite
@@ -65,7 +67,9 @@ def rows(draw, form):
         return row | ({"prompt": draw(st.sampled_from([prompt, turns]))} if form == "repeated" else {})
     if form == "written":
         write = draw(st.sampled_from([json.dumps, repr]))
-        return {"prompt": write(turns), "chosen": write([good]), "rejected": write([bad])}
+        first = draw(st.sampled_from([{}, {"weight": 1}, {"name": None}]))
+        lists = {"prompt": turns, "chosen": [good], "rejected": [bad]}
+        return {side: write([first | turn for turn in said]) for side, said in lists.items()}
     if form == "parts":
         half = len(prompt) // 2
         parts = [{"type": "text", "text": prompt[:half]}, {"type": "text", "text": prompt[half:]}]
@@ -75,6 +79,7 @@ def rows(draw, form):
             side: [{"from": "human", "value": prompt}, {"from": "gpt", "value": text}]
             for side, text in (("chosen", chosen), ("rejected", rejected))
         }
+    chosen = draw(st.just(chosen) | st.sampled_from(JSON_ANSWERS))
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "topic": system}
     return row | draw(st.sampled_from([{}, {"system": system}, {"tools": [{"name": "t"}]}]))
 
@@ -169,6 +174,40 @@ def texts_of(value) -> list[str]:
     return []
 
 
+def expected(row: dict) -> tuple[list[tuple[str, str]], str, str] | None:
+    """What a row says, as roles and texts, then the answers; None of a form that this does not read.
+
+    Written apart from the code under test: a cell is a list of messages, such a list written as text, or a text.
+    """
+    cells = {}
+    for side in ("prompt", "chosen", "rejected"):
+        cell = row.get(side)
+        if isinstance(cell, str) and cell.startswith("[{"):
+            for read in (json.loads, ast.literal_eval):
+                try:
+                    found = read(cell)
+                except (ValueError, SyntaxError, TypeError):
+                    continue
+                if all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in found):
+                    cell = found
+                break
+        if isinstance(cell, list):
+            if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in cell):
+                return None
+            cell = [(turn["role"], turn["content"]) for turn in cell]
+        elif not isinstance(cell, str) or "Human:" in cell:
+            return None
+        cells[side] = cell
+    prompt, answers = cells["prompt"], (cells["chosen"], cells["rejected"])
+    if any(isinstance(answer, list) and (len(answer) != 1 or answer[0][0] != "assistant") for answer in answers):
+        return None
+    turns = [("user", prompt)] if isinstance(prompt, str) else prompt
+    if isinstance(row.get("system"), str) and row["system"].strip():
+        return None
+    chosen, rejected = (answer if isinstance(answer, str) else answer[0][1] for answer in answers)
+    return turns, chosen, rejected
+
+
 def is_in(text: str, row: dict) -> bool:
     """Whether the text stands in the row as it is, or as JSON or Python write it."""
     spellings = {text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1], repr(text)[1:-1]}
@@ -225,6 +264,9 @@ def was_read(root, table, name, packing, bad, damage, where, noise) -> bool:
             messages = json.loads(row.get("messages") or "[]") or [{"content": row["prompt"]}]
             said = [message["content"] for message in messages] + [row["chosen"], row["rejected"]]
             assert all(is_in(text, source) for text in said), (said, source)
+            if wanted := expected(source):
+                turns = [(message.get("role", "user"), message["content"]) for message in messages]
+                assert (turns, row["chosen"], row["rejected"]) == wanted, source
     return True
 
 
