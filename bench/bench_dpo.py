@@ -2,11 +2,12 @@
 
 Same pairs in the same batches of 8, same model, max_length 1024, TRL's default hyperparameters, fp32 weights
 under bf16 products (looked at, not assumed); the first step of every process warms up and does not count. TRL
-runs with its defaults, without gradient checkpointing, and with the reference log-probs computed beforehand.
+runs with its defaults, without checkpointing of activations, and with the reference log-probs computed beforehand,
+with and without it.
 
 pairs_per_second   reference log-probs and training, medians over rounds; loading, tokenizing, evaluating and
-                   saving are left out on both sides. `ours_cached` leaves the reference out: it was computed in
-                   an earlier run.
+                   saving are left out on both sides. `speedup_cached` leaves the reference out on both sides: it was
+                   computed in an earlier run.
 peak_memory_mb     of the process (on a GPU: allocated there) up to the end of training
 limit_share        of what the machine's matrix products allow: 2 x parameters x real tokens x (3 for training
                    + 1 for the reference), the output layer for completion tokens only, nothing recomputed or

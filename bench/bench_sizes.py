@@ -2,8 +2,8 @@
 
 Models of SmolLM2's three sizes with random weights and random pairs; every point in a fresh process. A DPO step is
 made with all weights and with adapters (rank 16); all weights are left out where state and gradients alone would take
-most of the machine's memory. Decoding never ends early: 32 answers of the smallest model at several lengths, and of
-every model at one.
+most of the machine's memory. Decoding never ends early: 32 answers of the smallest model at every length, and of
+the others at the first two.
 
 Run     make bench-sizes                        (python -m bench.bench_sizes; about 15 minutes on 2 cores)
 Writes  bench/results/sizes_<device>.json, bench/results/sizes_<device>.png
