@@ -48,6 +48,7 @@ from stages.lib.model.loading import (
 from stages.lib.model.logps import CompletionLogps, TokenLogps
 from stages.lib.model.memory import memory_dial, reading_dial
 from stages.lib.model.packing import shares_prefixes
+from stages.lib.model.ranked_right import ranked_right
 from stages.lib.rl.dpo import dpo_losses, implicit_rewards, ipo_losses, sft_losses
 from stages.lib.rl.learner import Learner, NotFinite
 from stages.lib.rl.looks import Course, babbles, habits
@@ -168,7 +169,7 @@ def losses_and_metrics(
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": chosen_rewards - rejected_rewards,
-        "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+        "rewards/accuracies": ranked_right(chosen_rewards, rejected_rewards),
         "logps/chosen": chosen_logps.detach(),
         "logps/rejected": rejected_logps.detach(),
     }

@@ -31,6 +31,7 @@ from stages.lib.model.answer_means import answer_means
 from stages.lib.model.judge import Judge, fit_judge, save_judge
 from stages.lib.model.loading import freeze, load_causal_lm, pick_device, pick_precision
 from stages.lib.model.memory import memory_dial
+from stages.lib.model.ranked_right import ranked_right
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, MicroBatchTokens, Section
@@ -116,8 +117,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     scores = judge.scores(of_layer).double().numpy()
 
     # 4. held-out pairs, and corrupted copies of their chosen answers
-    won = scores[heldout.better] > scores[heldout.worse]
-    resisted = scores[corrupted.better] > scores[corrupted.worse]
+    won = ranked_right(scores[heldout.better], scores[heldout.worse])
+    resisted = ranked_right(scores[corrupted.better], scores[corrupted.worse])
     metrics = {
         "pairs": int((kinds == PAIR).sum()),
         "corrupted": int((kinds != PAIR).sum()),
@@ -194,7 +195,8 @@ def cross_validated(
 def figures(margins: np.ndarray, kinds: np.ndarray) -> dict[str, float]:
     """Accuracy and loss, each the mean over kinds, so that no kind counts for its number."""
     losses = np.logaddexp(0, -margins)
-    by_kind = [(float((margins[kinds == k] > 0).mean()), float(losses[kinds == k].mean())) for k in unique(kinds)]
+    right = ranked_right(margins, 0)
+    by_kind = [(float(right[kinds == k].mean()), float(losses[kinds == k].mean())) for k in unique(kinds)]
     accuracy, loss = np.mean(by_kind, axis=0).tolist()
     return {"accuracy": accuracy, "loss": loss}
 

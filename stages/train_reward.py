@@ -42,6 +42,7 @@ from stages.lib.model.loading import (
     set_seed,
 )
 from stages.lib.model.memory import memory_dial
+from stages.lib.model.ranked_right import ranked_right
 from stages.lib.model.reward import (
     load_reward_model,
     new_reward_model,
@@ -255,10 +256,10 @@ def trainer_settings(params: Params, seed: int, num_pairs: int, device: torch.de
 
 @torch.no_grad()
 def heldout_figures(chosen_scores: Tensor, rejected_scores: Tensor) -> dict[str, float]:
-    """Means over held-out pairs; a tie counts as wrong."""
+    """Means over held-out pairs; in the accuracy a tie counts half."""
     margins = chosen_scores - rejected_scores
     return {
-        "accuracy": (margins > 0).float().mean().item(),
+        "accuracy": ranked_right(chosen_scores, rejected_scores).mean().item(),
         "margin": margins.mean().item(),
         "chosen_score": chosen_scores.mean().item(),
         "rejected_score": rejected_scores.mean().item(),
@@ -360,7 +361,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         # 3. Held-out scores and reports
         chosen_scores, rejected_scores = (fit.scores_of("heldout", side) for side in SIDES)
         better, worse = (fit.scores_of(CORRUPTED + "heldout", side) for side in SIDES)
-        resisted = better > worse
+        resisted = ranked_right(better, worse)
         kinds = columns[CORRUPTED + "heldout"]["kind"]
         metrics = {
             "train_pairs": len(columns["train"]["row"]),
@@ -368,8 +369,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
             "heldout_pairs": len(columns["heldout"]["row"]),
             "steps": fit.steps,
             "by_kind": {
-                kind: resisted[[each == kind for each in kinds]].float().mean().item()
-                for kind in dict.fromkeys(kinds)
+                kind: resisted[[each == kind for each in kinds]].mean().item() for kind in dict.fromkeys(kinds)
             },
             "heldout": heldout_figures(chosen_scores, rejected_scores),
         }

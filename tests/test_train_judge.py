@@ -128,6 +128,7 @@ def test_every_kind_counts_alike():
     kinds = np.array(["pair"] * 9 + ["loop"])
     found = figures(np.array([1.0] * 9 + [-1.0]), kinds)
     assert found["accuracy"] == 0.5
+    assert figures(np.array([1.0] * 9 + [0.0]), kinds)["accuracy"] == 0.75  # a tie counts half
     assert found["loss"] == pytest.approx((np.log1p(np.exp(-1)) + np.log1p(np.exp(1))) / 2)
 
 

@@ -24,7 +24,7 @@ def test_dpo_loss_worked_example():
 def test_dpo_loss_is_ln2_when_policy_is_the_reference():
     loss, accuracy, margin = dpo_loss(*tensors([-30.0, -7.0], [-50.0, -3.0], [-30.0, -7.0], [-50.0, -3.0]))
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
-    assert accuracy.item() == 0.0  # a tie is no win
+    assert accuracy.item() == 0.5  # a tie counts half
     assert margin.item() == 0.0
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 
 from stages.lib.analysis.stats import Interval, Resampling, rank_correlation_interval, share_interval
 from stages.lib.analysis.text_features import RANKERS
+from stages.lib.model.ranked_right import ranked_right
 
 
 def heldout_table(texts: pd.DataFrame, words: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
@@ -55,9 +56,10 @@ def estimates(pairs: pd.DataFrame, how: Resampling) -> dict[str, dict[str, Inter
 
 
 def accuracy(pairs: pd.DataFrame, ranker: str, confidence: float) -> Interval:
-    """Share of pairs ranked right; a tie counts half, so that seeing no difference is worth a coin."""
+    """Share of pairs ranked right, ties half."""
     pairs = _with(pairs, ranker)
-    return share_interval((np.sign(_margin(pairs, ranker)) + 1) / 2, pairs["prompt_id"], confidence)
+    right = ranked_right(pairs[f"chosen_{ranker}"].to_numpy(), pairs[f"rejected_{ranker}"].to_numpy())
+    return share_interval(right, pairs["prompt_id"], confidence)
 
 
 def agreement(pairs: pd.DataFrame, first: str, second: str, confidence: float) -> Interval:

@@ -22,7 +22,8 @@ from trl import RewardConfig, RewardTrainer
 
 from stages.lib.run.checkpoints import Checkpoints
 
-HISTORY = ["loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"]  # TRL 1.16's own names
+HISTORY = ["loss", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"]  # TRL 1.16's own, whose
+# accuracy counts a tie as wrong; metrics.json has half, as everywhere here (ranked_right)
 
 
 class OneDevice(RewardConfig):

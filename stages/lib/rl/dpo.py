@@ -7,6 +7,8 @@ Every loss takes the same four (B,) vectors of summed completion log-probs, in n
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from stages.lib.model.ranked_right import ranked_right
+
 
 def dpo_losses(
     chosen_logps: Tensor,
@@ -90,10 +92,10 @@ def dpo_loss(
         beta: implicit-reward temperature.
 
     Returns:
-        Three scalars: mean loss; share of pairs whose chosen reward is above the rejected one (a tie is no
-        win); mean reward margin. The last two carry no gradient.
+        Three scalars: mean loss; share of pairs whose chosen reward is above the rejected one (a tie counts
+        half); mean reward margin. The last two carry no gradient.
     """
     logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    chosen_rewards, rejected_rewards = implicit_rewards(*logps, beta)
-    reward_margins = (chosen_rewards - rejected_rewards).detach()
-    return dpo_losses(*logps, beta).mean(), (reward_margins > 0).float().mean(), reward_margins.mean()
+    chosen_rewards, rejected_rewards = (rewards.detach() for rewards in implicit_rewards(*logps, beta))
+    accuracy = ranked_right(chosen_rewards, rejected_rewards).mean()
+    return dpo_losses(*logps, beta).mean(), accuracy, (chosen_rewards - rejected_rewards).mean()
