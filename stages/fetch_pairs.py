@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 
 from stages.lib.data.hub_rows import from_hub
 from stages.lib.data.pairs import (
+    Collected,
     Pair,
     Prompt,
     Text,
@@ -130,7 +131,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         eval_source = from_path(root / params.eval_prompts_path).renamed({}, None)
         more = without_prompts(collect(eval_source, check_prompt, params.on_bad_row), paired)
         eval_prompts = more.rows
-        eval_metrics = eval_source.origin | {"read": more.read, "dropped": dict(more.dropped)}
+        eval_metrics = eval_source.origin | counts_of(more)
 
     split_of = {
         row: "heldout" if i in heldout else "judge" if i in judge else "train" for row, i in prompt_ids.items()
@@ -147,10 +148,9 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         columns = {"row": pa.array(list(texts), pa.int64())} | columns_of(texts, kind, has_messages(texts))
         write_parquet(root / f"data/pairs/{name}.parquet", columns)
 
-    metrics = source.origin | {
-        "read": pairs.read,
+    metrics = source.origin | counts_of(pairs)
+    metrics |= {
         "kept": len(pairs.rows),
-        "dropped": dict(pairs.dropped),
         "train_pairs": len(splits["train"]),
         "heldout_pairs": len(splits["heldout"]),
         "judge_pairs": len(splits["judge"]),
@@ -159,7 +159,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         "judge_prompts": len(judge),
         "repeated_prompts": len(pairs.rows) - num_prompts,
         "unseen_texts": len(unseen.rows),
-        "unseen": unseen_source.origin | {"read": unseen.read, "dropped": dict(unseen.dropped)},
+        "unseen": unseen_source.origin | counts_of(unseen),
         "eval_prompts": len(eval_prompts),
         "eval": eval_metrics,
         "turns": count_turns(pairs.rows.values()),
@@ -177,6 +177,10 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     print(f"wrote data/pairs: {counts}, {metrics['unseen_texts']} unseen texts, {len(eval_prompts)} more prompts")
     print("wrote reports/fetch_pairs/metrics.json")
     return {}
+
+
+def counts_of(collected: Collected) -> dict[str, Any]:
+    return {"read": collected.read, "dropped": dict(collected.dropped), "unread": collected.unread}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 import json
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from ruamel.yaml import YAML
 
 from stages.fetch_pairs import Params, main
 from stages.lib.data.pairs import normalise_prompt
@@ -92,6 +94,33 @@ def test_counts_of_a_dirty_file_worked_by_hand(tmp_path):
     unseen_dropped = metrics["unseen"]["dropped"]
     assert metrics["unseen"]["read"] == 3 == metrics["unseen_texts"] + sum(unseen_dropped.values())
     assert unseen_dropped["duplicate"] == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input": {"messages": [{"role": "user", "content": "P?"}], "tools": [], "parallel_tool_calls": True},
+         "preferred_output": [{"role": "assistant", "content": "c"}],
+         "non_preferred_output": [{"role": "assistant", "content": "r"}]},
+        {"question": "P?", "chosen_response": "c", "rejected_response": "r", "system_prompt": ""},
+        {"conversations": [{"from": "human", "value": "P?"}], "chosen": {"from": "gpt", "value": "c"},
+         "rejected": {"from": "gpt", "value": "r"}},
+        {"Prompt": '{"role": "user", "content": "P?"}', "Chosen": "c", "Rejected": "r"},
+    ],
+)  # fmt: skip
+def test_who_follows_the_advice_on_column_names_gets_the_pairs(tmp_path, row):
+    rows = [json.loads(json.dumps(row).replace("P?", f"p{i}")) for i in range(9)]
+    root = root_with(tmp_path, rows)
+    with pytest.raises(UserError, match=r"set in params.yaml, fetch_pairs: columns: {.*} \(found") as caught:
+        main(BASE, settings_of(), root)
+    line = re.search(r"columns: ({.*?}) \(found", str(caught.value))[1]
+    main(BASE, settings_of(columns=YAML(typ="safe").load(line)), root)
+    tables, metrics = outputs(root)
+    read = {tuple(tables[split][name][i] for name in ("prompt", "chosen", "rejected"))
+            for split in SPLITS for i in range(len(tables[split]["row"]))}  # fmt: skip
+    assert metrics["kept"] == 9 and read == {(f"p{i}", "c", "r") for i in range(9)}
+    unread = {"prompt.parallel_tool_calls": 9} if "input" in row else {}
+    assert metrics["unread"] == {"columns": {}, "message_keys": unread}
 
 
 def test_an_unseen_text_whose_prompt_is_trained_on_is_left_out(tmp_path):

@@ -174,10 +174,18 @@ def texts_of(value) -> list[str]:
     return []
 
 
+def is_said(cell) -> bool:
+    """Whether a cell is messages: a list, an object, or either as text."""
+    return not isinstance(cell, str) or cell.startswith(
+        ('[{"role', "[{'role", '{"role": "', '[{"name', '[{"weight')
+    )
+
+
 def expected(row: dict) -> tuple[list[tuple[str, str]], str, str] | None:
     """What a row says, as roles and texts, then the answers; None of a form that this does not read.
 
-    Written apart from the code under test: a cell is a list of messages, such a list written as text, or a text.
+    Written apart from the code under test: a cell is a list of messages, such a list written as text, or a text; a
+    message alone, as text, is one as a prompt, and as an answer where both answers are messages.
     """
     cells = {}
     for side in ("prompt", "chosen", "rejected"):
@@ -191,6 +199,9 @@ def expected(row: dict) -> tuple[list[tuple[str, str]], str, str] | None:
                 if all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in found):
                     cell = found
                 break
+        lone = json.loads(cell) if isinstance(cell, str) and cell.startswith('{"role": "') else None
+        if lone and (side == "prompt" or all(is_said(row.get(other)) for other in ("chosen", "rejected"))):
+            cell = [lone]
         if isinstance(cell, list):
             if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in cell):
                 return None

@@ -8,7 +8,7 @@ import pytest
 
 from stages import corrupt_answers, fetch_pairs, tokenize_pairs
 from stages.inspect_pairs import Params, main
-from stages.lib.report.data_page import Segment, segments
+from stages.lib.report.data_page import Segment, segments, unread
 from stages.lib.run.artefacts import read_json, read_parquet, sha256_of_file
 from stages.lib.run.params import Base, load_params
 from tests.conftest import REPO
@@ -72,6 +72,7 @@ def test_the_page_says_what_is_in_the_data(root, capsys):
     assert "41 preference pairs of pairs.jsonl" in text
     assert "Rows read 43 Dropped: empty 1 Dropped: the same as an earlier row 1 Pairs left 41" in text
     assert "21; 20 have several pairs, one of them 2" in text
+    assert "Not read nothing: every column is used" in text
     assert "1 message in 41 pairs" in text and "Latin 41" in text
     assert "Counting question marks alone ranks 100 %" in text and "a matter of style" in text
     assert "look: Counting question marks" in capsys.readouterr().out
@@ -128,6 +129,12 @@ def test_it_opens_without_a_network_and_is_the_same_each_time(root):
     first = sha256_of_file(root / "reports/inspect_pairs/data.html")
     look(root)
     assert sha256_of_file(root / "reports/inspect_pairs/data.html") == first
+
+
+def test_what_is_left_unread_is_said():
+    assert unread({"columns": {}, "message_keys": {}}) == "nothing: every column is used"
+    found = unread({"columns": {"topic": 1200, "id": 3}, "message_keys": {"weight": 2}})
+    assert found == "columns: topic (1,200 rows), id (3 rows); keys inside messages: weight (2 rows)"
 
 
 def test_segments_mark_special_tokens_and_cuts():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.lib.data.conversations import Conversation, read_conversation
+from stages.lib.data.conversations import Conversation, keys_left_unread, read_conversation
 from stages.lib.data.messages import BadRow, prompt_messages, question_of, transcript
 from stages.lib.data.pairs import Pair, Prompt, Text, check_pair, check_prompt, check_text
 
@@ -257,6 +257,106 @@ def test_a_prompt_that_is_a_list_of_strings_as_text_is_refused(prompt):
 def test_keys_of_a_message_that_change_what_the_model_would_see_are_refused(message, key):
     bad = check_pair({"prompt": [message, user("Hi?")], "chosen": GOOD, "rejected": BAD})
     assert isinstance(bad, BadRow) and bad.reason == "unreadable_key" and key in bad.message
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        ({"prompt": [user("Hi?") | {"name": "Ada"}], "chosen": GOOD, "rejected": BAD}, "'name'"),
+        ({"prompt": "Hi?", "chosen": [GOOD[0] | {"weight": 0}], "rejected": BAD}, "'weight' 0"),
+        ({"prompt": "Hi?", "chosen": GOOD, "rejected": [BAD[0] | {"train": False}]}, "'train' False"),
+        (
+            {"prompt": "Hi?", "chosen": [GOOD[0] | {"value": "Ho!"}], "rejected": BAD},
+            "'content' and 'value' differ",
+        ),
+        ({"prompt": [user("Hi?") | {"from": "gpt"}], "chosen": GOOD, "rejected": BAD}, "'role' and 'from' differ"),
+        (
+            {
+                "prompt": [user("Hi?"), {"role": "tool", "content": "4", "tool_call_id": 7}],
+                "chosen": GOOD,
+                "rejected": BAD,
+            },
+            "'tool_call_id' is not text but int",
+        ),
+    ],
+)
+def test_keys_that_say_which_text_is_meant_or_how_much_of_it_are_refused(row, key):
+    bad = check_pair(row)
+    assert isinstance(bad, BadRow) and bad.reason == "unreadable_key" and key in bad.message
+
+
+def test_a_part_that_is_no_text_is_refused_though_it_has_one():
+    bad = check_pair({"prompt": [user([{"type": "reasoning", "text": "hm"}])], "chosen": GOOD, "rejected": BAD})
+    assert isinstance(bad, BadRow) and "'reasoning'" in bad.message
+
+
+def test_keys_that_are_left_unread_are_named():
+    part = {"type": "text", "text": "Hi?", "cache_control": {"type": "ephemeral"}}
+    call = CALL | {"index": 0, "id": "c"}
+    prompt = [
+        user([part]) | {"id": "a", "weight": 0, "refusal": None, "annotations": []},
+        assistant("") | {"tool_calls": [call], "from": "assistant"},
+        {"role": "tool", "name": "look_up", "tool_call_id": "c", "content": "wipe"},
+    ]
+    row = {
+        "prompt": prompt,
+        "chosen": [GOOD[0] | {"weight": 1}],
+        "rejected": json.dumps([BAD[0] | {"model": "m"}]),
+    }
+    assert isinstance(check_pair(row), Pair)
+    expected = {"id", "weight", "content.cache_control", "tool_calls.index", "model"}
+    assert keys_left_unread(row, ANSWERS) == expected
+    assert keys_left_unread({"prompt": "a", "chosen": "b", "rejected": '{"x": 1}', "topic": 3}, ANSWERS) == set()
+
+
+@given(
+    key=st.text(min_size=1, max_size=8)
+    | st.sampled_from(["weight", "name", "train", "tools", "id", "tool_calls"]),
+    said=st.none() | st.booleans() | st.integers(-1, 2) | st.text(max_size=3) | st.just([CALL]) | st.just([]),
+    place=st.integers(0, 3),
+    as_text=st.booleans(),
+)
+def test_whatever_a_message_says_is_used_refused_or_counted(key, said, place, as_text):
+    turns = [*TURNS, GOOD[0]]
+    plain = {"prompt": turns[:-1], "chosen": turns[-1:], "rejected": BAD}
+    turns[place] = {key: said} | turns[place]
+    row = {"prompt": turns[:-1], "chosen": turns[-1:], "rejected": BAD}
+    row = {name: json.dumps(value) for name, value in row.items()} if as_text else row
+    if key in ("role", "content") or (key in ("from", "value") and said is None):
+        return
+    read = check_pair(row)
+    silent = said is None or said in ("", [])
+    if isinstance(read, BadRow):
+        assert not silent or key in ("from", "value")  # which say other things than role and content
+    elif read == check_pair(plain):
+        assert (key in keys_left_unread(row, ANSWERS)) == (not silent) or (key == "tool_calls" and said is False)
+    else:
+        assert key == "tool_calls" and said
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr])
+def test_a_lone_message_as_text_is_a_conversation_of_one(write):
+    pair = Pair("Hi?", "Hey!", "Good day.")
+    assert check_pair({"prompt": write(user("Hi?")), "chosen": "Hey!", "rejected": "Good day."}) == pair
+    assert check_pair({"prompt": write(user("Hi?")), "chosen": write(GOOD[0]), "rejected": write(BAD[0])}) == pair
+    for chosen in (GOOD, GOOD[0], write(GOOD)):
+        assert check_pair({"prompt": "Hi?", "chosen": chosen, "rejected": write(BAD[0])}) == pair
+    assert check_text({"prompt": "Hi?", "response": write(GOOD[0])}) == Text("Hi?", "Hey!")
+    assert check_prompt({"prompt": write(user("Hi?"))}) == Prompt("Hi?")
+    bad = check_pair({"prompt": write(GOOD[0]), "chosen": "Hey!", "rejected": "Good day."})
+    assert isinstance(bad, BadRow) and bad.reason == "conversation"
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr, dict])
+def test_a_prompt_may_be_an_object_of_messages_and_tools(write):
+    said = {"messages": [user("Hi?")], "tools": [TOOL], "parallel_tool_calls": True}
+    row = {"prompt": write(said), "chosen": GOOD, "rejected": BAD}
+    assert check_pair(row) == Pair("Hi?", "Hey!", "Good day.", tools=json.dumps([TOOL]))
+    assert keys_left_unread(row, ANSWERS) == {"prompt.parallel_tool_calls"}
+    assert check_pair(row | {"tools": [TOOL]}) == check_pair(row)
+    assert check_pair(row | {"tools": [TOOL, TOOL]}).reason == "tools"
+    payload = json.dumps({"model": "m", "messages": [user("Hi?")]})  # a question about such an object
+    assert check_pair({"prompt": payload, "chosen": "a", "rejected": "b"}).prompt == payload
 
 
 def test_unseen_texts_and_mere_prompts_have_the_same_forms():

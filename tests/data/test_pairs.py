@@ -115,6 +115,28 @@ def test_a_question_in_a_column_beside_the_prompt_is_said(capsys):
     assert "column 'context'" not in printed
 
 
+def test_a_system_prompt_under_another_name_is_answered_with_the_line_that_uses_it(capsys):
+    rows = [GOOD | {"system_prompt": text} for text in ("Be a guard.", "Be brief.", "")]
+    collect(replace(source(*rows), columns_key="columns", columns={"prompt": "prompt"}), check_pair, "error")
+    printed = capsys.readouterr().out
+    assert "warning: 2 of 3 rows of pairs.jsonl have a text in the column 'system_prompt'" in printed
+    assert "fetch_pairs: columns: {prompt: prompt, system: system_prompt}" in printed
+    rows = [{"question": "a", "chosen": "b", "rejected": "c", "system_prompt": "s"}]
+    with pytest.raises(PairError, match="columns: {prompt: question, system: system_prompt}"):
+        collect(replace(source(*rows), columns_key="columns"), check_pair, "error")
+
+
+def test_what_is_not_read_is_counted_by_column_and_by_key_inside_messages():
+    turn = {"role": "user", "content": "Hi?", "id": 3}
+    rows = [GOOD | {"topic": 1, "response": "x"}, GOOD | {"prompt": [turn, turn | {"lang": "en"}]}, GOOD]
+    unread = collect(source(*rows), check_pair, "error").unread
+    assert unread == {"columns": {"response": 1, "topic": 1}, "message_keys": {"id": 1, "lang": 1}}
+    assert collect(source({"prompt": "a", "response": "b", "chosen": "c"}), check_text, "error").unread == {
+        "columns": {"chosen": 1},
+        "message_keys": {},
+    }
+
+
 def test_nothing_to_train_on_is_refused():
     with pytest.raises(PairError, match="pairs.jsonl: has no rows"):
         collect(source(), check_pair, "drop")

@@ -19,6 +19,8 @@ TURNS = json.dumps([{"role": "system", "content": "s"}, {"role": "user", "conten
         (Pair("Human: Why?\n\nAssistant:", "So.", "No."), {"other_template"}),
         (Pair("Why?\nAssistant:", "So.", "No."), {"other_template"}),
         (Pair("User: Why?", "So.", "No."), {"other_template"}),
+        (Pair("Why?", '{"role": "assistant", "content": "So."}', "No."), {"message_as_text"}),
+        (Pair("Why?", '{"role": "poet", "content": "So."}', "No."), {}),
         (Pair("Why?", "nan", "No."), {"missing_value"}),
         (Pair("Why?", "So.", " None\n"), {"missing_value"}),
         (Pair("System: NaN\n\nUser: Why?", "So.", "No.", TURNS.replace('"s"', '"NaN"')), {"missing_value"}),

@@ -9,9 +9,11 @@
   ends in `Assistant:`, and the answers alone.
 
 Beside them a column `system` (text) becomes the first message and `tools` (JSON schemas) goes to the chat template.
-A message has a role (`ROLES` knows its spellings, `from` the key's) and a content (or `value`): text or a list of text
-parts. Messages may be written as text (JSON or Python), as a CSV file has them: a list, each of whose elements has a
-role and a content. Other JSON is a text like any, for an answer may well be JSON.
+A prompt may also be an object that holds its messages and tools (OpenAI's `input`). A message has a role (`ROLES` knows
+its spellings, `from` the key's) and a content (or `value`): text or a list of text parts; `message_keys.py` says what
+becomes of its other keys. Messages may be written as text (JSON or Python), as a CSV file has them: a list, each of
+whose elements has a role and a content; or one such message, as an answer where all answers are messages. Other JSON
+is a text like any, for an answer may well be JSON.
 """
 
 import ast
@@ -23,25 +25,24 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any, NamedTuple
 
+from stages.lib.data.message_keys import (
+    ROLE_KEYS,
+    ROLES,
+    TEXT_KEYS,
+    key_problem,
+    one_of,
+    role_of,
+    unread_keys,
+)
 from stages.lib.data.messages import BadRow, Message, Messages, is_plain, transcript
 
 # ASCII's control characters but tab, line feed and carriage return. Not U+0080 to U+009F: real data has them
 # where an emoji went through a wrong encoding, and they are tokens like any other
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
-ROLES = {
-    "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant", "model": "assistant",
-    "chatgpt": "assistant", "ai": "assistant",
-    "system": "system", "developer": "system",
-    "tool": "tool", "function": "tool", "observation": "tool",
-}  # fmt: skip
-TEXT_KEYS = ("content", "value")
-UNREADABLE_KEYS = (
-    "tools", "functions", "function_call", "thinking", "reasoning", "reasoning_content",
-    "images", "image", "audio", "video", "videos",
-)  # fmt: skip
-WRAPPERS = ("messages", "conversations", "conversation")  # of an object that holds nothing but messages
+TEXT_PARTS = (None, "text", "input_text", "output_text")
+WRAPPERS = ("messages", "conversations", "conversation")  # of an object around messages
+BESIDE_MESSAGES = ("tools", "parallel_tool_calls")  # in OpenAI's `input`
 MESSAGES_AS_TEXT = re.compile(r"""\s*(?:array\(\s*)?\[\s*\{(?:[^{}]*,)?\s*['"](?:role|from)['"]\s*:""")
 DIALOGUE = re.compile(r"\s*Human:")
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -87,9 +88,8 @@ def read_conversation(row: dict[str, Any], answer_columns: tuple[str, ...]) -> C
     for name in texts:  # before any text is taken apart
         if problem := text_problem(row[name], f"'{name}'"):
             return problem
-    parsed: dict[str, Messages | str | None | BadRow] = {
-        name: _messages_of(row.get(name), name) for name in columns
-    }
+    cells, beside = _cells(row, answer_columns)
+    parsed: dict[str, Messages | str | None | BadRow] = {name: _messages_of(cells[name], name) for name in columns}
     _read_dialogues(parsed, answer_columns)
     for name in columns:
         value = parsed[name]
@@ -106,10 +106,33 @@ def read_conversation(row: dict[str, Any], answer_columns: tuple[str, ...]) -> C
     messages = _with_system(row.get("system"), messages)
     if isinstance(messages, BadRow):
         return messages
-    tools = _tools_of(row.get("tools"))
+    tools = _tools_of(row.get("tools"), beside.get("tools"))
     if isinstance(tools, BadRow):
         return tools
     return Conversation(messages, answers, tools)
+
+
+def keys_left_unread(row: dict[str, Any], answer_columns: tuple[str, ...]) -> set[str]:
+    """The keys inside the messages of a row that `read_conversation` reads which say something and are not read."""
+    cells, beside = _cells(row, answer_columns)
+    lists = [_listed(cell, name) for name, cell in cells.items()]
+    found = unread_keys(message for messages in lists if isinstance(messages, list) for message in messages)
+    return found | {f"prompt.{key}" for key, said in beside.items() if key != "tools" and said}
+
+
+def last_role(prompt: Any) -> str | None:
+    """Whose the last turn of a prompt is, which may be messages in an object; None where no known role says it."""
+    cells, _ = _cells({"prompt": prompt}, ())
+    messages = _listed(cells["prompt"], "prompt")
+    return role_of(messages[-1]) if isinstance(messages, list) else None
+
+
+def lone_message(value: Any) -> dict[str, Any] | None:
+    """The message that a text is, an object of role and content (JSON or Python); None if it is none."""
+    found = _literal(value) if isinstance(value, str) else None
+    if not isinstance(found, dict) or not _are_messages([found]):
+        return None
+    return found if role_of(found) else None
 
 
 def text_problem(text: Any, name: str) -> BadRow | None:
@@ -153,8 +176,45 @@ def _all_messages(parsed: dict[str, Any], names: tuple[str, ...]) -> bool:
     return bool(names) and all(isinstance(parsed[name], list | BadRow) for name in names)
 
 
+def _cells(row: dict[str, Any], answer_columns: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the columns hold, with messages out of the objects around them; and what stands beside a prompt's messages.
+
+    A text that is one message is that message as a prompt; as an answer where every answer is messages in some form:
+    an answer may well be JSON, but hardly all of them such.
+    """
+    cells: dict[str, Any] = {name: row.get(name) for name in ("prompt", *answer_columns)}
+    beside: dict[str, Any] = {}
+    said = cells["prompt"]
+    inside = _literal(said) if isinstance(said, str) else said
+    if message := lone_message(said):
+        cells["prompt"] = [message]
+    elif isinstance(inside, dict) and (wrapper := _wrapper(inside)):
+        if not isinstance(said, str) or inside.keys() <= {wrapper, *BESIDE_MESSAGES}:
+            cells["prompt"] = inside[wrapper]
+            beside = {key: value for key, value in inside.items() if key != wrapper}
+    lone = {name: message for name in answer_columns if (message := lone_message(cells[name]))}
+    if all(name in lone or isinstance(_listed(cells[name], name), list) for name in answer_columns):
+        cells |= lone
+    return cells, beside
+
+
 def _messages_of(value: Any, name: str) -> Messages | str | None | BadRow:
     """A column's value as messages, also where they are written as text; as text; None where there is none."""
+    value = _listed(value, name)
+    if not isinstance(value, list):
+        return value
+    messages = []
+    for place, message in enumerate(value, 1):
+        is_answer = name != "prompt" and place == len(value)
+        read = _message(message, f"'{name}', message {place}", is_answer)
+        if isinstance(read, BadRow):
+            return read
+        messages.append(read)
+    return messages
+
+
+def _listed(value: Any, name: str) -> list[dict[str, Any]] | str | None | BadRow:
+    """As `_messages_of`, the messages as they stand."""
     if isinstance(value, str):
         value = _messages_in_text(value, name)
         if isinstance(value, BadRow):
@@ -162,7 +222,7 @@ def _messages_of(value: Any, name: str) -> Messages | str | None | BadRow:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, dict):
-        if wrapper := _wrapper(value):
+        if (wrapper := _wrapper(value)) and value.keys() == {wrapper}:
             return BadRow("wrapped_messages", f"'{name}' is an object of {wrapper!r}; write the list alone there")
         value = _one_by_one(value)
     if not isinstance(value, list):
@@ -171,13 +231,7 @@ def _messages_of(value: Any, name: str) -> Messages | str | None | BadRow:
         return BadRow("empty", f"'{name}' is an empty list")
     if not all(isinstance(message, dict) for message in value):
         return BadRow("not_text", f"'{name}' is a list of other things than messages (role and content)")
-    messages = []
-    for place, message in enumerate(value, 1):
-        read = _message(message, f"'{name}', message {place}")
-        if isinstance(read, BadRow):
-            return read
-        messages.append(read)
-    return messages
+    return value
 
 
 def _one_by_one(value: dict[str, Any]) -> list[Any]:
@@ -195,7 +249,7 @@ def _messages_in_text(text: str, name: str) -> Any:
         return BadRow(
             "lists_as_text", f"'{name}' is a list of messages encoded twice: write the list, not a string of it"
         )
-    if isinstance(found, dict) and (wrapper := _wrapper(found)):
+    if isinstance(found, dict) and (wrapper := _wrapper(found)) and found.keys() == {wrapper}:
         return BadRow(
             "wrapped_messages", f"'{name}' is an object of {wrapper!r} written as text; write the list alone there"
         )
@@ -233,8 +287,8 @@ def _are_messages(value: Any) -> bool:
 
 
 def _wrapper(value: dict[str, Any]) -> str | None:
-    """The only key of an object that is nothing but a name for messages."""
-    return next((key for key in WRAPPERS if value.keys() == {key} and _are_messages(value[key])), None)
+    """The key of an object under which it holds messages."""
+    return next((key for key in WRAPPERS if _are_messages(value.get(key))), None)
 
 
 def _literal(text: str) -> Any:
@@ -253,21 +307,17 @@ def _literal(text: str) -> Any:
             return None
 
 
-def _message(message: dict[str, Any], where: str) -> Message | BadRow:
+def _message(message: dict[str, Any], where: str, is_answer: bool) -> Message | BadRow:
     """A message in the keys chat templates know: role, content, and tool_calls, name, tool_call_id if there."""
-    spelt = message.get("role", message.get("from"))
-    role = ROLES.get(spelt.strip().lower()) if isinstance(spelt, str) else None
+    role, spelt, content = role_of(message), one_of(message, ROLE_KEYS, where), one_of(message, TEXT_KEYS, where)
+    if problem := next((said for said in (spelt, content) if isinstance(said, BadRow)), None):
+        return problem
     if role is None:
         known = ", ".join(ROLES)
         return BadRow("unknown_role", f"{where}: the role {str(spelt)[:40]!r} is none of those known ({known})")
-    for key in UNREADABLE_KEYS:
-        if message.get(key):
-            remedy = "write them to the row's own column 'tools'" if key == "tools" else "take it out of the data"
-            return BadRow("unreadable_key", f"{where}: has '{key}', which is not read here; {remedy}")
-    if message.get("tool_calls") and role != "assistant":
-        return BadRow("unreadable_key", f"{where}: has 'tool_calls', which only an assistant's message can have")
-    key = next((key for key in TEXT_KEYS if key in message), "content")
-    content = _content(message.get(key), where)
+    if problem := key_problem(message, role, where, is_answer):
+        return problem
+    content = _content(content, where)
     if isinstance(content, BadRow):
         return content
     calls = message.get("tool_calls")
@@ -278,7 +328,7 @@ def _message(message: dict[str, Any], where: str) -> Message | BadRow:
         return {"role": role, "content": content or "", "tool_calls": calls}
     read = {"role": role, "content": content}
     if role == "tool":
-        read |= {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)}
+        read |= {key: message[key] for key in ("name", "tool_call_id") if message.get(key) is not None}
     return read
 
 
@@ -289,8 +339,8 @@ def _content(content: Any, where: str) -> Any:
     texts = []
     for part in content:
         text = part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
-        if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if not isinstance(text, str) or (isinstance(part, dict) and kind not in TEXT_PARTS):
             return BadRow("not_text", f"{where}: a part of the kind {str(kind)[:40]!r}; only text is read")
         texts.append(text)
     return "".join(texts)
@@ -325,7 +375,11 @@ def _jsonable(value: Any, where: str) -> Any:
     return _character_problem(written, where) or value
 
 
-def _tools_of(tools: Any) -> list[Any] | None | BadRow:
+def _tools_of(tools: Any, own: Any) -> list[Any] | None | BadRow:
+    """The tools of the row's column, or those that stand beside the prompt's messages."""
+    if own and tools and own != tools:
+        return BadRow("tools", "'tools' and the prompt's own tools differ")
+    tools = tools or own
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)

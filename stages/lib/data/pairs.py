@@ -5,14 +5,14 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from math import inf
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from stages.lib.data.conversations import ROLES, read_conversation, spell_names
+from stages.lib.data.conversations import keys_left_unread, last_role, read_conversation, spell_names
 from stages.lib.data.messages import BadRow
 from stages.lib.data.rows import NUM_FIRST_ROWS, Source
 from stages.lib.run.draws import HELDOUT_PROMPTS, draw, shuffled
@@ -33,16 +33,10 @@ OTHER_NAMES = {  # under which the field knows our columns
     ),
     "response": ("answer", "output", "completion", "target", "chosen"),
 }  # fmt: skip
-BESIDE_THE_PROMPT = {
-    "question",
-    "instruction",
-    "input",
-    "query",
-    "problem",
-    "context",
-    "history",
-}  # may belong to it
-COLUMNS = {"prompt", "chosen", "rejected", "response", "system", "tools"}  # that say something here
+ANSWERS = {"chosen", "rejected", "response"}
+SYSTEM_NAMES = ("system_prompt", "system_message", "system_instruction", "sys_prompt")
+# may belong to the prompt
+BESIDE_THE_PROMPT = {"question", "instruction", "input", "query", "problem", "context", "history", *SYSTEM_NAMES}
 
 
 class PairError(UserError):
@@ -89,6 +83,9 @@ class Collected:
     rows: dict[int, Any]
     dropped: Counter[str]
     heldout_from: float = inf  # the number above which rows are those to hold out whole
+    unread: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # 'columns' and 'message_keys': rows that have each
 
     def keep(self, numbers: Iterable[int], reason: str) -> "Collected":
         """Only the given rows; the others count as dropped for `reason`. Raises PairError if none is left."""
@@ -112,7 +109,8 @@ def collect(source: Source, check: Callable[[dict], Pair | Text | Prompt | BadRo
     rows: dict[int, Pair | Text | Prompt] = {}
     dropped: Counter[str] = Counter()
     first: dict[str, str] = {}  # an example of each reason
-    ignored: set[str] = set()
+    columns: Counter[str] = Counter()  # rows that have each column, or key of a message, that is not read
+    keys: Counter[str] = Counter()
     lost: Counter[str] = Counter()  # rows whose text in an ignored column is not in the prompt
     begin = list(islice(source.rows, NUM_FIRST_ROWS))
     if fault := _fault_of_the_file(source, begin, check, on_bad_row):
@@ -121,7 +119,9 @@ def collect(source: Source, check: Callable[[dict], Pair | Text | Prompt | BadRo
         checked = row if isinstance(row, BadRow) else check(row)
         if not isinstance(checked, BadRow):
             rows[number] = checked
-            ignored |= row.keys() - COLUMNS
+            read_columns = {*checked._fields, "system"} - {"messages"}
+            columns.update(row.keys() - read_columns)
+            keys.update(keys_left_unread(row, tuple(read_columns & ANSWERS)))
             lost.update(
                 name for name in BESIDE_THE_PROMPT & row.keys() if not _is_within(row[name], checked.prompt)
             )
@@ -131,12 +131,18 @@ def collect(source: Source, check: Callable[[dict], Pair | Text | Prompt | BadRo
             raise PairError(f"{message}; mend the row or set fetch_pairs.on_bad_row to drop")
         dropped[checked.reason] += 1
         first.setdefault(checked.reason, message)
-    if ignored:
-        print(f"ignored columns of {source.name}: {spell_names(sorted(ignored))}")
+    for what, names in (("columns", columns), ("keys inside messages", keys)):
+        if names:
+            print(f"ignored {what} of {source.name}: {spell_names(sorted(names))}")
     for name in sorted(lost):
+        remedy = "where it belongs to the question, join the two"
+        if name in SYSTEM_NAMES:
+            line = f"{source.columns_key}: {_as_line(source.columns | {'system': name})}"
+            use = f"set in params.yaml, fetch_pairs: {line}" if source.columns_key else "call the column system"
+            remedy = f"if it is the system message, {use}"
         print(
             f"warning: {lost[name]} of {len(rows)} rows of {source.name} have a text in the column {name!r} that "
-            "is not part of the prompt, and so not trained on: where it belongs to the question, join the two"
+            f"is not part of the prompt, and so not trained on: {remedy}"
         )
     for reason, message in first.items():
         print(f"dropped {dropped[reason]} rows ({reason}), the first: {message}")
@@ -147,7 +153,11 @@ def collect(source: Source, check: Callable[[dict], Pair | Text | Prompt | BadRo
         example = next(iter(first.values()))
         raise PairError(f"no row of {read} is usable: {spell_counts(dropped)}; the first: {example}")
     heldout_from = min((part.offset for part in source.parts if part.heldout), default=inf)
-    return Collected(source.name, read, rows, dropped, heldout_from)
+    unread = {
+        what: {repr(name)[1:-1][:40]: count for name, count in sorted(counts.items())}
+        for what, counts in (("columns", columns), ("message_keys", keys))
+    }
+    return Collected(source.name, read, rows, dropped, heldout_from, unread)
 
 
 def _fault_of_the_file(
@@ -187,20 +197,23 @@ def _renaming(source: Source, row: dict[str, Any]) -> str:
             pairs[ours] = there[0]
     if not pairs:
         return ""
-    line = ", ".join(f"{ours}: {_as_yaml(theirs)}" for ours, theirs in (source.columns | pairs).items())
+    if "system" not in row.keys() | source.columns.keys():
+        there = [spelt[name] for name in SYSTEM_NAMES if name in spelt]
+        pairs |= {"system": there[0]} if len(there) == 1 else {}
     return (
         f"column '{missing[0]}' is missing; if these are they, set in params.yaml, fetch_pairs: "
-        f"{source.columns_key}: {{{line}}} (found: {spell_names(row)})"
+        f"{source.columns_key}: {_as_line(source.columns | pairs)} (found: {spell_names(row)})"
     )
+
+
+def _as_line(columns: dict[str, str]) -> str:
+    """A value of `columns` as YAML in one line."""
+    return "{" + ", ".join(f"{ours}: {_as_yaml(theirs)}" for ours, theirs in columns.items()) + "}"
 
 
 def _may_be(ours: str, value: Any) -> bool:
     """Whether a value has a form that is read as our column: a prompt's last turn is not the assistant's."""
-    if ours != "prompt" or not isinstance(value, list):
-        return not (ours == "prompt" and isinstance(value, dict))
-    last = value[-1] if value else None
-    role = last.get("role", last.get("from")) if isinstance(last, dict) else None
-    return isinstance(role, str) and ROLES.get(role.strip().lower()) in ("user", "tool")
+    return ours != "prompt" or not isinstance(value, list | dict) or last_role(value) in ("user", "tool")
 
 
 def _as_yaml(name: str) -> str:

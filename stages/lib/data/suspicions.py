@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable
 
+from stages.lib.data.conversations import lone_message
 from stages.lib.data.pairs import Pair
 
 # what other models' templates and dialogue forms put around turns; a plain text has none of it
@@ -17,6 +18,7 @@ MISSING = {"nan", "none", "null", "n/a", "#n/a", "<na>"}  # how programs write t
 SUSPICIONS = {
     "other_template": "hold marks of another model's template: they are trained on as text",
     "begins_with_prompt": "have an answer that begins with the prompt: it is trained on as part of the answer",
+    "message_as_text": "have an answer that is a message written as text (role and content): it is trained on as text",
     "missing_value": "have a text that says only nan, None or null, as programs write an empty cell: it is trained on",
 }
 
@@ -31,6 +33,7 @@ def suspicious_counts(pairs: Iterable[Pair]) -> dict[str, int]:
         asked = [message["content"] for message in messages] or [prompt]
         counts["other_template"] += any(OTHER_TEMPLATE.search(text) for text in (prompt, *texts))
         counts["begins_with_prompt"] += any(text.lstrip().startswith(prompt.strip()) for text in texts)
+        counts["message_as_text"] += any(lone_message(text) is not None for text in texts)
         counts["missing_value"] += any(text.strip().casefold() in MISSING for text in (*asked, *texts))
     return counts
 

@@ -177,6 +177,7 @@ def facts(fetched: Mapping[str, Any], profile: Mapping[str, Any], lengths: Lengt
         ("Source", str(fetched["source"])),
         ("Revision", str(fetched["revision"] or f"sha256:{fetched['sha256'][:12]}…")),
         ("Licence", str(fetched["license"] or "not stated")),
+        ("Not read", unread(fetched["unread"])),
         ("Prompts have", f"{turns} pairs"),
         ("Different prompts", f"{repeated['prompts']:,}{more}"),
     ]
@@ -184,6 +185,15 @@ def facts(fetched: Mapping[str, Any], profile: Mapping[str, Any], lengths: Lengt
         mean = sum(sizes) / len(sizes)
         found.append((f"Tokens, {part}", f"{mean:.0f} in the mean, {max(sizes):,} in the longest, once cut"))
     return found
+
+
+def unread(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """The columns, and the keys inside messages, that are left unread, with the number of rows that have them."""
+    parts = []
+    for what, names in (("columns", counts["columns"]), ("keys inside messages", counts["message_keys"])):
+        if names:
+            parts.append(f"{what}: " + ", ".join(f"{name} ({count:,} rows)" for name, count in names.items()))
+    return "; ".join(parts) or "nothing: every column is used"
 
 
 def length_charts(lengths: Lengths, limits: Mapping[str, int | None]) -> list[Picture]:
