@@ -6,6 +6,7 @@ Writes  data/pairs/{train,heldout,judge}.parquet            row, prompt_id, prom
                                                             more than a user's turn, messages and tools (JSON) too
         data/pairs/unseen.parquet                           row, prompt, response
         data/pairs/eval_prompts.parquet                     row, prompt; of no pair, to measure answers on
+        data/pairs/places.json                              of each of the three sources: where a row's number stands
         reports/fetch_pairs/metrics.json                    source, checksum, all that was read, kept and dropped
         reports/fetch_pairs/run.json                        seconds, memory, versions
 
@@ -40,7 +41,7 @@ from stages.lib.data.pairs import (
     without_duplicates,
     without_prompts,
 )
-from stages.lib.data.rows import from_path
+from stages.lib.data.rows import from_path, written_places
 from stages.lib.data.suspicions import SUSPICIONS, count_turns, suspicious_counts
 from stages.lib.run.artefacts import write_json, write_parquet
 from stages.lib.run.params import Base, OnBadRow, Section
@@ -127,10 +128,12 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     unseen = unseen.keep([row for row in unseen.rows if row not in seen], "prompt_of_a_pair")
     eval_prompts: dict[int, Prompt] = {}
     eval_metrics: dict[str, Any] = {}
+    places = {"pairs": written_places(source), "unseen": written_places(unseen_source)}
     if params.eval_prompts:
         eval_source = from_path(root / params.eval_prompts_path).renamed({}, None)
         more = without_prompts(collect(eval_source, check_prompt, params.on_bad_row), paired)
         eval_prompts = more.rows
+        places["eval_prompts"] = written_places(eval_source)
         eval_metrics = eval_source.origin | counts_of(more)
 
     split_of = {
@@ -147,6 +150,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     for name, kind, texts in (("unseen", Text, unseen.rows), ("eval_prompts", Prompt, eval_prompts)):
         columns = {"row": pa.array(list(texts), pa.int64())} | columns_of(texts, kind, has_messages(texts))
         write_parquet(root / f"data/pairs/{name}.parquet", columns)
+
+    write_json(root / "data/pairs/places.json", places)
 
     metrics = source.origin | counts_of(pairs)
     metrics |= {

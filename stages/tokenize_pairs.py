@@ -23,8 +23,10 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from stages.lib.data.alike import contradictions, repetitions, require_no_contradiction
 from stages.lib.data.chat import generation_header_ids, special_token_pattern, truncate
 from stages.lib.data.cuts import count_cut_texts, cut_warnings
+from stages.lib.data.rows import read_places
 from stages.lib.data.sizes import too_few_for_the_judge
 from stages.lib.data.token_tables import (
     Ids,
@@ -40,7 +42,7 @@ from stages.lib.data.token_tables import (
     without_special_tokens,
 )
 from stages.lib.model.loading import load_tokenizer
-from stages.lib.run.artefacts import read_rows, round_floats, write_json, write_parquet
+from stages.lib.run.artefacts import read_json, read_rows, round_floats, write_json, write_parquet
 from stages.lib.run.params import Base, OnBadRow, Section, load_param, require
 from stages.lib.run.stage import run_stage
 
@@ -88,8 +90,11 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     on_bad_row = load_param("fetch_pairs", "on_bad_row", OnBadRow, root)
     pattern = special_token_pattern(tokenizer)
     read = {name: read_rows(root / f"data/pairs/{name}.parquet") for name in SOURCES}
+    places = {name: read_places(each) for name, each in read_json(root / "data/pairs/places.json").items()}
+    file_of = {name: f"data/pairs/{name}.parquet" for name in SOURCES}
+    where_of = {name: places.get("pairs" if name in PAIRS else name, str) for name in SOURCES}
     rows = {
-        name: without_special_tokens(read[name], pattern, f"data/pairs/{name}.parquet", on_bad_row)
+        name: without_special_tokens(read[name], pattern, file_of[name], where_of[name], on_bad_row)
         for name in SOURCES
     }
     # a number for each prompt to measure on, after those of the pairs
@@ -99,15 +104,39 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     limits = (params.max_prompt_length, params.max_completion_length, params.max_length)
     cuts: Counter[str] = Counter()
     dropped = Counter(special_token=sum(len(read[name]) - len(rows[name]) for name in SOURCES))
+    whole: dict[str, list[Ids]] = {}
     ids: dict[str, list[Ids]] = {}
+    for name in SOURCES:
+        rows[name], whole[name], ids[name], faults = usable_ids(
+            rows[name], tokenizer, limits, file_of[name], where_of[name], on_bad_row
+        )
+        dropped += faults
+
+    # what the models see of two pairs may be the same, or the opposite; of the same, the held-out one stays
+    alike = [pair for name in ("heldout", "judge", "train") for pair in zip(rows[name], ids[name], strict=True)]
+    opposite = contradictions(alike, tokenizer.eos_token_id)
+    if on_bad_row == "error":
+        require_no_contradiction(opposite, where_of["train"])
+    lost = {"contradiction_after_cut": opposite.keys(), "repeated_after_cut": repetitions(alike) - opposite.keys()}
+    gone = {number for numbers in lost.values() for number in numbers}
+    dropped += Counter({reason: len(numbers) for reason, numbers in lost.items()})
+    for reason, numbers in lost.items():
+        if numbers:
+            first = where_of["train"](min(numbers))
+            print(f"dropped {len(numbers)} rows ({reason}), the first: {first}")
+    for name in PAIRS if gone else ():
+        left = [place for place, row in enumerate(rows[name]) if row["row"] not in gone]
+        require(
+            bool(left), f"{file_of[name]}: no row of {len(rows[name])} is left: once cut, they contradict others"
+        )
+        rows[name], whole[name], ids[name] = (
+            [of[place] for place in left] for of in (rows[name], whole[name], ids[name])
+        )
     cut_of_pairs: Counter[str] = Counter()
     for name in SOURCES:
-        file = f"data/pairs/{name}.parquet"
-        rows[name], whole, ids[name], lost = usable_ids(rows[name], tokenizer, limits, file, on_bad_row)
-        cuts.update(count_cuts(whole, *limits))
-        dropped += lost
+        cuts.update(count_cuts(whole[name], *limits))
         if name in PAIRS:
-            cut_of_pairs += count_cut_texts(rows[name], whole, ids[name])
+            cut_of_pairs += count_cut_texts(rows[name], whole[name], ids[name])
 
     problem = too_few_for_the_judge([row["prompt_id"] for row in rows["judge"]])
     require(problem is None, f"data/pairs/judge.parquet: {problem}")
@@ -118,12 +147,12 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     for name, split in COPIES.items():
         kept = {row["row"] for row in rows[split]}
         todo = [copy for copy in copies[name] if copy["row"] in kept]
-        whole = [
+        uncut = [
             token_ids(copy, tokenizer)
             for copy in tqdm(todo, f"tokenize corrupted {name}", mininterval=1, unit=" rows")
         ]
-        cuts_of_copies.update(count_cuts(whole, *limits))
-        cut = [truncate(copy, *limits) for copy in whole]
+        cuts_of_copies.update(count_cuts(uncut, *limits))
+        cut = [truncate(copy, *limits) for copy in uncut]
         usable[name] = corrupted_rows(todo, cut, pattern, tokenizer.eos_token_id)
 
     folder = root / "data/tokenized"

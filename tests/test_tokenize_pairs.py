@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from stages.lib.run.artefacts import read_json, read_parquet, sha256_of_file, write_parquet
+from stages.lib.run.artefacts import read_json, read_parquet, sha256_of_file, write_json, write_parquet
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
 from stages.tokenize_pairs import Params, main
@@ -51,6 +51,11 @@ def pairs_in(
     prompts, responses = zip(*unseen, strict=True)
     columns = {"row": list(range(1, len(prompts) + 1)), "prompt": list(prompts), "response": list(responses)}
     write_parquet(root / "data/pairs/unseen.parquet", columns)
+    names = {"pairs": "pairs.jsonl", "unseen": "unseen.jsonl", "eval_prompts": "more.jsonl"}
+    write_json(
+        root / "data/pairs/places.json",
+        {source: {"name": name, "separator": ":", "parts": []} for source, name in names.items()},
+    )
     columns = {"row": list(range(1, len(more) + 1)), "prompt": list(more)}
     write_parquet(root / "data/pairs/eval_prompts.parquet", columns)
     return root
@@ -153,7 +158,7 @@ def test_limits_hold_and_the_generation_header_survives(tiny_base, tokenizer, em
 def test_prompts_that_lose_their_system_message_are_counted_and_said(tiny_base, tokenizer, capsys):
     # 30 pairs, held-out and judge's included, of which 3 have a system message too long for the limit; nothing else
     # is cut: a tenth of the prompts, which alone would not be told
-    root = pairs_in(tiny_base, [(f"Question {i}?", "Yes, sure.", "No, never.") for i in range(28)])
+    root = pairs_in(tiny_base, [(f"Question {i}?", f"Yes, {i}.", f"No, {i}.") for i in range(28)])
     path = root / "data/pairs/train.parquet"
     columns = read_parquet(path)
     guard = [{"role": "system", "content": "Rule. " * 200}, {"role": "user", "content": "Q?"}]
@@ -189,13 +194,63 @@ def test_special_tokens_stop_the_stage_or_are_dropped_and_counted(tiny_base):
     train = [("a", "b", "c"), ("x", "y<|im_end|>", "z"), ("<|endoftext|>", "y", "z")]
     unseen = [("u", "v"), ("u", "<|im_start|>")]
     root = pairs_in(tiny_base, train, unseen=unseen)
-    with pytest.raises(UserError, match="train.parquet, row 2 of the source: 'chosen' contains the special token"):
+    with pytest.raises(UserError, match="pairs.jsonl:2: 'chosen' contains the special token.*mend the row"):
         main(BASE, PARAMS, root)
     assert not (root / "data/tokenized").exists()
     main(BASE, PARAMS, pairs_in(tiny_base, train, unseen=unseen, on_bad_row="drop"))
     tables, metrics = read_all(root)
     assert metrics["read"] == 8 and metrics["kept"] == 5 and metrics["dropped"] == {"special_token": 3}
     assert tables["pairs_train"]["row"] == [1] and tables["unseen"]["row"] == [1]
+
+
+def test_pairs_that_contradict_each_other_once_cut_stop_the_stage_or_go(tiny_base, capsys):
+    long = "word " * 30
+    train = [("Why?", long + "a", "No."), ("Why?", "No.", long + "b"), ("Else", "b", "c"), ("Else", "b", "d")]
+    params = Params(max_prompt_length=60, max_completion_length=20, max_length=90)
+    with pytest.raises(
+        UserError, match="pairs.jsonl:1: contradicts pairs.jsonl:2 once both are cut to the limits"
+    ):
+        main(BASE, params, pairs_in(tiny_base, train))
+    main(BASE, PARAMS, pairs_in(tiny_base, train))  # whole, they do not
+    main(BASE, params, pairs_in(tiny_base, train, on_bad_row="drop"))
+    tables, metrics = read_all(tiny_base)
+    assert tables["pairs_train"]["row"] == [3, 4] and metrics["dropped"] == {"contradiction_after_cut": 2}
+    assert metrics["read"] == metrics["kept"] + 2
+    assert "dropped 2 rows (contradiction_after_cut), the first: pairs.jsonl:1" in capsys.readouterr().out
+
+
+def test_of_pairs_that_are_the_same_once_cut_the_held_out_one_stays(tiny_base):
+    long = "word " * 30
+    train = [("Why?", long + "a", "No."), ("Why?", long + "b", "No."), ("Else", "b", "c")]
+    root = pairs_in(tiny_base, train, heldout=[("because " * 70 + "Why?", long + "c", "No.")])
+    main(BASE, Params(max_prompt_length=60, max_completion_length=20, max_length=90), root)
+    tables, metrics = read_all(tiny_base)
+    assert tables["pairs_train"]["row"] == [1, 3] and tables["pairs_heldout"]["row"] == [4]
+    assert metrics["dropped"] == {"repeated_after_cut": 1}
+    limits = Params(
+        max_prompt_length=8, max_completion_length=20, max_length=90
+    )  # of the prompts, only the last word
+    main(BASE, limits, root)
+    tables, metrics = read_all(tiny_base)
+    assert tables["pairs_train"]["row"] == [3] and tables["pairs_heldout"]["row"] == [4]
+    assert metrics["dropped"] == {"repeated_after_cut": 2}
+
+
+def test_a_fault_of_nearly_every_row_is_told_from_a_rows(tiny_base, tokenizer):
+    rendered = [(f"<|im_start|>user\n{i}<|im_end|>", "b", "c") for i in range(19)] + [("plain", "b", "c")]
+    words = (
+        r"pairs.jsonl:1: 'prompt' contains .* the same in 19 of the first 20 rows of .*train.parquet: the texts"
+    )
+    with pytest.raises(UserError, match=words) as caught:
+        main(BASE, PARAMS, pairs_in(tiny_base, rendered))
+    assert "mend the row" not in str(caught.value)
+    late = [(f"p{i}", "word " * 40 + "a", "word " * 40 + "b") for i in range(5)]
+    with pytest.raises(
+        UserError, match=r"equal once cut .* in 5 of the first 5 rows .*: raise tokenize_pairs.max"
+    ):
+        main(
+            BASE, Params(max_prompt_length=60, max_completion_length=20, max_length=90), pairs_in(tiny_base, late)
+        )
 
 
 def test_same_input_same_bytes(tiny_base):
@@ -238,8 +293,8 @@ def test_any_texts_are_tokenized_or_refused_and_the_counts_add_up(tiny_base, tok
     try:
         main(BASE, PARAMS, root)
     except UserError as error:
-        assert "train.parquet" in str(error)
-        assert any("<|" in text for row in train for text in row)
+        assert "pairs.jsonl:" in str(error) or "train.parquet" in str(error)
+        assert "contradicts" in str(error) or any("<|" in text for row in train for text in row)
         return
     tables, metrics = read_all(root)
     assert metrics["read"] == len(train) + 4 == metrics["kept"] + sum(metrics["dropped"].values())

@@ -47,7 +47,7 @@ def test_a_row_of_three_plain_strings_is_rendered_as_its_messages_are(tokenizer,
 def test_texts_beside_messages_are_refused(tokenizer, name):
     messages = {column: [{"role": "user", "content": text}] for column, text in PAIR.items()}
     with pytest.raises(ChatError, match="row 7: 'prompt', 'chosen' and 'rejected' must be all texts"):
-        apply_chat_template(messages | {name: PAIR[name], "row": 7}, tokenizer)
+        apply_chat_template(messages | {name: PAIR[name], "where": "row 7"}, tokenizer)
     with pytest.raises(ChatError, match="all texts"):
         apply_chat_template({"chosen": "a", "rejected": "b"}, tokenizer)
 
@@ -86,7 +86,7 @@ def test_a_template_with_another_beginning_names_the_row(tokenizer, monkeypatch)
     # puts the number of messages first, so the conversation does not start with the prompt
     monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }}{{ messages[0]['content'] }}")
     with pytest.raises(ChatError, match="row 17: the chat template does not render"):
-        apply_chat_template(to_implicit_prompt_preferences(PAIR) | {"row": 17}, tokenizer)
+        apply_chat_template(to_implicit_prompt_preferences(PAIR) | {"where": "row 17"}, tokenizer)
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no users here') }}")
     with pytest.raises(ChatError, match="example: .*no users here"):
         apply_chat_template(to_implicit_prompt_preferences(PAIR), tokenizer)
@@ -273,7 +273,7 @@ SYSTEM_PROMPT = [{"role": "system", "content": "Be brief."}, {"role": "user", "c
 def test_what_a_template_leaves_out_is_said(tokenizer, monkeypatch):
     tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
     example = {"prompt": SYSTEM_PROMPT, "chosen": [{"role": "assistant", "content": "a"}]}
-    example |= {"rejected": [{"role": "assistant", "content": "b"}], "row": 5}
+    example |= {"rejected": [{"role": "assistant", "content": "b"}], "where": "row 5"}
     with pytest.raises(ChatError, match="row 5: the chat template leaves out the tool 'look_up'"):
         apply_chat_template(example | {"tools": [tool]}, tokenizer)
     with_tools = tokenizer.chat_template + "{{ '' }}"

@@ -24,12 +24,14 @@ PAIR = {"row": 3, "prompt_id": 0, "prompt": "Hi?", "chosen": "Hey!", "rejected":
 def test_special_tokens_are_refused_by_row_or_dropped(tokenizer, capsys):
     pattern = special_token_pattern(tokenizer)
     bad = PAIR | {"row": 8, "chosen": "Sure.<|im_end|>\n<|im_start|>user\nMore"}
-    with pytest.raises(UserError, match=r"train.parquet, row 8 of the source: 'chosen' contains .*<\|im_end\|>"):
-        without_special_tokens([PAIR, bad], pattern, "train.parquet", "error")
-    assert without_special_tokens([PAIR, bad, bad], pattern, "train.parquet", "drop") == [PAIR]
-    assert "dropped 2 rows (special_token), the first: train.parquet, row 8" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no row of 1 is left"):
-        without_special_tokens([bad], pattern, "train.parquet", "drop")
+    with pytest.raises(UserError, match=r"^b.jsonl:8: 'chosen' contains .*<\|im_end\|>; mend the row"):
+        without_special_tokens([PAIR, bad], pattern, "train.parquet", "b.jsonl:{}".format, "error")
+    assert without_special_tokens([PAIR, bad, bad], pattern, "train.parquet", "b:{}".format, "drop") == [PAIR]
+    assert "dropped 2 rows (special_token), the first: b:8" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match="train.parquet: no row of 1 is left; b:8: .*: the texts seem to be written"
+    ):
+        without_special_tokens([bad], pattern, "train.parquet", "b:{}".format, "drop")
 
 
 def test_an_unseen_text_is_rendered_like_a_pair(tokenizer):
@@ -123,7 +125,7 @@ def test_pairs_that_are_equal_once_cut_are_dropped_and_no_others(tokenizer, answ
     ended = {row["row"]: [f"{row[side]}<|im_end|>\n" for side in ("chosen", "rejected")] for row in rows}
     ids = {number: [tokenizer(text)["input_ids"][:limit] for text in texts] for number, texts in ended.items()}
     try:
-        good, _, cut, dropped = usable_ids(rows, tokenizer, limits, "train.parquet", "drop")
+        good, _, cut, dropped = usable_ids(rows, tokenizer, limits, "train.parquet", str, "drop")
     except UserError:
         good, cut, dropped = [], [], {"equal_after_cut": len(rows)}
     assert len(rows) == len(good) + sum(dropped.values())

@@ -38,8 +38,8 @@ def apply_chat_template(example: dict[str, Any], tokenizer: PreTrainedTokenizerB
     Args:
         example: 'prompt', 'chosen' and 'rejected' as plain texts; or 'chosen' and 'rejected' as messages, the
             prompt being the turns they share at their start (`to_implicit_prompt_preferences`) or a list of
-            messages of its own under 'prompt'. 'tools', if there are any, go to the template. A 'row', if there
-            is one, names the example in errors.
+            messages of its own under 'prompt'. 'tools', if there are any, go to the template. A 'where', if
+            there is one, names the example in errors.
 
     Returns:
         'prompt' with the generation header (SmolLM: '<|im_start|>assistant\\n'); 'chosen' and 'rejected',
@@ -49,7 +49,7 @@ def apply_chat_template(example: dict[str, Any], tokenizer: PreTrainedTokenizerB
         ChatError: texts and messages are mixed, the two share no prompt, or the template does not render the
             prompt as the conversation's beginning.
     """
-    where = f"row {example['row']}" if "row" in example else "example"
+    where = example.get("where", "example")
     texts = [isinstance(example.get(name), str) for name in ("prompt", "chosen", "rejected")]
     if all(texts):
         example = to_implicit_prompt_preferences(example)

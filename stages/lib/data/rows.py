@@ -94,6 +94,17 @@ class Source:
         return Source(self.name, self.separator, rows, self.origin, self.parts, columns_key, columns)
 
 
+def written_places(source: Source) -> dict[str, Any]:
+    """What `read_places` needs, as JSON. Known once all rows are read."""
+    return {"name": source.name, "separator": source.separator, "parts": [list(part) for part in source.parts]}
+
+
+def read_places(written: dict[str, Any]) -> Callable[[int], str]:
+    """The place of a row's number, file and line, of a source whose rows were read by an earlier stage."""
+    parts = [Part(*part) for part in written["parts"]]
+    return Source(written["name"], written["separator"], iter(()), {}, parts).where
+
+
 def from_path(path: Path, files: str | None = None, heldout_files: str | None = None) -> Source:
     """A file, or all files of a folder whose names match `files`, in the order of their names.
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +26,80 @@ from stages.lib.data.chat import (
 from stages.lib.data.messages import prompt_messages, texts_in
 from stages.lib.run.errors import UserError
 
+NUM_FIRST_ROWS = 100  # of which nearly all have a fault where it is the whole set's, not a row's
+NEARLY_ALL = 0.9
+REMEDIES = {  # of a fault of the whole set
+    "special_token": "the texts seem to be written in a chat template already; give plain texts or messages",
+    "chat_template": "choose a base model whose template renders them, or take out of the data what it does not",
+    "equal_after_cut": "raise tokenize_pairs.max_length or max_completion_length, or see that the answers differ",
+}
 IDS = pa.list_(pa.int32())
 Row = dict[str, Any]  # a row of data/pairs
 Ids = dict[str, list[int]]  # prompt_input_ids and its completions, named alike
 
 
-def without_special_tokens(rows: list[Row], pattern: re.Pattern[str], file: str, on_bad_row: str) -> list[Row]:
+def without_special_tokens(
+    rows: list[Row], pattern: re.Pattern[str], file: str, where: Callable[[int], str], on_bad_row: str
+) -> list[Row]:
     """The rows of whose texts none contains a special token of the model.
 
     Args:
         pattern: `chat.special_token_pattern`.
-        file: where the rows are from, for errors.
+        file: what the rows were read from, for errors.
+        where: the place of a row's number in its source.
         on_bad_row: 'error' stops at such a row, 'drop' leaves it out.
 
     Raises:
         UserError: such a row under 'error', or no other row beside such.
     """
-    good, first = [], None
-    for row in rows:
-        found = _special_token(row, pattern)
-        if found is None:
+
+    def fault_of(row: Row) -> tuple[str, str] | None:
+        if found := _special_token(row, pattern):
+            return "special_token", f"'{found[0]}' contains the special token {found[1]}"
+        return None
+
+    good, _ = _without_faults(rows, fault_of, file, where, on_bad_row)
+    return good
+
+
+def _without_faults(
+    rows: list[Row],
+    fault_of: Callable[[Row], tuple[str, str] | None],
+    file: str,
+    where: Callable[[int], str],
+    on_bad_row: str,
+) -> tuple[list[Row], Counter[str]]:
+    """The rows without a fault, and how many have which.
+
+    Args:
+        fault_of: reason and sentence, or None.
+
+    Raises:
+        UserError: a fault under 'error', or no row without; one that nearly all rows have is told from a row's.
+    """
+    good: list[Row] = []
+    dropped: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for row in tqdm(rows, f"look at {Path(file).stem}", mininterval=1, delay=1, unit=" rows"):
+        if (fault := fault_of(row)) is None:
             good.append(row)
             continue
-        column, token = found
-        message = f"{file}, row {row['row']} of the source: '{column}' contains the special token {token}"
+        reason, message = fault[0], f"{where(row['row'])}: {fault[1]}"
         if on_bad_row != "drop":
-            raise UserError(f"{message}; mend the row or set fetch_pairs.on_bad_row to drop")
-        first = first or message
-    if first:
-        print(f"dropped {len(rows) - len(good)} rows (special_token), the first: {first}")
+            remedy = "mend the row or set fetch_pairs.on_bad_row to drop"
+            begin = [fault_of(each) for each in rows[:NUM_FIRST_ROWS]]
+            same = sum(other is not None and other[0] == reason for other in begin)
+            if len(begin) >= 3 and same >= NEARLY_ALL * len(begin):
+                remedy = f"it is the same in {same} of the first {len(begin)} rows of {file}: {REMEDIES[reason]}"
+            raise UserError(f"{message}; {remedy}")
+        dropped[reason] += 1
+        first.setdefault(reason, message)
+    for reason, message in first.items():
+        print(f"dropped {dropped[reason]} rows ({reason}), the first: {message}")
     if first and not good:
-        raise UserError(f"{file}: no row of {len(rows)} is left; {first}")
-    return good
+        reason, message = next(iter(first.items()))
+        raise UserError(f"{file}: no row of {len(rows)} is left; {message}: {REMEDIES[reason]}")
+    return good, dropped
 
 
 def _special_token(row: Row, pattern: re.Pattern[str]) -> tuple[str, str] | None:
@@ -74,13 +117,15 @@ def usable_ids(
     tokenizer: PreTrainedTokenizerBase,
     limits: tuple[int, int | None, int],
     file: str,
+    where: Callable[[int], str],
     on_bad_row: str,
 ) -> tuple[list[Row], list[Ids], list[Ids], Counter[str]]:
     """The rows that the chat template renders and whose two answers still differ once they are cut.
 
     Args:
         limits: max_prompt_length, max_completion_length and max_length of `truncate`.
-        file: where the rows are from, for errors.
+        file: what the rows were read from, for errors.
+        where: the place of a row's number in its source.
         on_bad_row: 'error' stops at any other row, 'drop' leaves it out.
 
     Returns:
@@ -89,35 +134,25 @@ def usable_ids(
     Raises:
         UserError: such a row under 'error', or no other row beside such.
     """
-    good, whole, cut = [], [], []
-    dropped: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    for row in tqdm(rows, f"tokenize {Path(file).stem}", mininterval=1, unit=" rows"):
+    whole: dict[int, Ids] = {}
+    cut: dict[int, Ids] = {}
+
+    def fault_of(row: Row) -> tuple[str, str] | None:
+        number = row["row"]
         try:
-            ids = token_ids(row, tokenizer)
+            whole[number] = token_ids(row, tokenizer, where(number))
         except ChatError as error:
-            reason, message = "chat_template", f"{file}: {error}"
-        else:
-            short = truncate(ids, *limits)
-            if "chosen" not in row or not equal_answers(short, tokenizer.eos_token_id):
-                good.append(row)
-                whole.append(ids)
-                cut.append(short)
-                continue
-            reason = "equal_after_cut"
-            message = (
-                f"{file}, row {row['row']} of the source: 'chosen' and 'rejected' are equal once cut to the limits "
-                "of tokenize_pairs (raise max_length or max_completion_length to tell them apart)"
+            return "chat_template", str(error).removeprefix(f"{where(number)}: ")
+        cut[number] = truncate(whole[number], *limits)
+        if "chosen" in row and equal_answers(cut[number], tokenizer.eos_token_id):
+            return "equal_after_cut", (
+                "'chosen' and 'rejected' are equal once cut to the limits of tokenize_pairs (raise max_length or "
+                "max_completion_length to tell them apart)"
             )
-        if on_bad_row != "drop":
-            raise UserError(f"{message}; mend the row or set fetch_pairs.on_bad_row to drop")
-        dropped[reason] += 1
-        first.setdefault(reason, message)
-    for reason, message in first.items():
-        print(f"dropped {dropped[reason]} rows ({reason}), the first: {message}")
-    if first and not good:
-        raise UserError(f"no row of {len(rows)} is left; {next(iter(first.values()))}")
-    return good, whole, cut, dropped
+        return None
+
+    good, dropped = _without_faults(rows, fault_of, file, where, on_bad_row)
+    return good, [whole[row["row"]] for row in good], [cut[row["row"]] for row in good], dropped
 
 
 def equal_answers(ids: Ids, eos_token_id: int) -> bool:
@@ -127,19 +162,21 @@ def equal_answers(ids: Ids, eos_token_id: int) -> bool:
     return chosen == rejected or next(closed) == next(closed)
 
 
-def token_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Ids:
-    """Uncut token ids of a pair, of an unseen text ({prompt,response}_input_ids) or of a mere prompt."""
+def token_ids(row: Row, tokenizer: PreTrainedTokenizerBase, where: str = "example") -> Ids:
+    """Uncut token ids of a pair, of an unseen text ({prompt,response}_input_ids) or of a mere prompt.
+
+    Raises:
+        ChatError: the chat template does not render the row; `where` names it.
+    """
     prompt = prompt_messages(row)
     tools = json.loads(row["tools"]) if row.get("tools") else None
     if "chosen" in row:
         sides = {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
-        example = {"prompt": prompt, "tools": tools, "row": row["row"]} | sides
+        example = {"prompt": prompt, "tools": tools, "where": where} | sides
         return tokenize_row(apply_chat_template(example, tokenizer), tokenizer, None, None)
     if "response" not in row:
-        where = f"row {row['row']} of the prompts to measure on"
         return {"prompt_input_ids": text_ids(render_prompt(prompt, tokenizer, where, tools), tokenizer)}
     answer = [{"role": "assistant", "content": row["response"]}]
-    where = f"row {row['row']} of the unseen texts"
     prompt_text, response = render_completion(prompt, answer, tokenizer, where, tools)
     return {
         "prompt_input_ids": text_ids(prompt_text, tokenizer),

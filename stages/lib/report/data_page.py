@@ -23,6 +23,8 @@ REASONS = {  # of dropped rows, in words; others are spelt by their name
     "special_token": "holds a special token of the model",
     "chat_template": "the chat template does not render it",
     "equal_after_cut": "equal once cut to the limits",
+    "contradiction_after_cut": "contradicts another pair once both are cut",
+    "repeated_after_cut": "the same as another pair once both are cut",
 }
 
 
