@@ -201,6 +201,25 @@ def test_a_fault_of_every_row_is_the_files():
     assert collect(source(*rows, GOOD), check_pair, "drop").dropped == {"not_text": 3}
 
 
+FAULTS = [GOOD | {"chosen": ""}, {"question": "a"}, GOOD | {"prompt": [1]}, BadRow("malformed", "not JSON"), {}]
+
+
+@given(fault=st.sampled_from(FAULTS), bad=st.integers(1, 130), good=st.integers(0, 130), seed=st.randoms())
+def test_a_fault_is_the_files_where_nearly_all_first_rows_have_it_and_a_rows_elsewhere(fault, bad, good, seed):
+    rows = [fault] * bad + [GOOD] * good
+    seed.shuffle(rows)
+    share = sum(row is fault for row in rows[:100]) / len(rows[:100])
+    with pytest.raises(PairError) as caught:
+        collect(replace(source(*rows), columns_key="columns"), check_pair, "error")
+    whole = share >= 0.9
+    if len(rows) >= 3:
+        assert ("mend the row" in str(caught.value)) == (not whole), str(caught.value)
+    assert "pairs.jsonl" in str(caught.value)
+    if good:  # dropped, they are counted, however many
+        kept = collect(replace(source(*rows), columns_key="columns"), check_pair, "drop") if share < 1 else None
+        assert kept is None or (len(kept.rows), sum(kept.dropped.values())) == (good, bad)
+
+
 def test_contradicting_pairs_go_in_both_directions():
     rows = [Pair("p", "a", "b"), Pair("q", "a", "b"), Pair("P?", "b", "a"), Pair("p", "a", "c")]
     result = without_contradictions(collected(*rows), "drop", "row {}".format)

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from stages.lib.data.conversations import keys_left_unread, last_role, read_conversation, spell_names
 from stages.lib.data.messages import BadRow
-from stages.lib.data.rows import NUM_FIRST_ROWS, Source
+from stages.lib.data.rows import NEARLY_ALL, NUM_FIRST_ROWS, Source
 from stages.lib.run.draws import HELDOUT_PROMPTS, draw, shuffled
 from stages.lib.run.errors import UserError
 
@@ -163,13 +163,20 @@ def collect(source: Source, check: Callable[[dict], Pair | Text | Prompt | BadRo
 def _fault_of_the_file(
     source: Source, begin: list[tuple[int, Any]], check: Callable[[dict], Any], on_bad_row: str
 ) -> str | None:
-    """What is wrong with the whole file where all its first rows have one fault, with a remedy; else None."""
+    """What is wrong with the whole file where nearly all its first rows have one fault, with a remedy; else None.
+
+    Where rows are dropped, only a fault of all of them that has a remedy of its own.
+    """
     checked = [(number, row if isinstance(row, BadRow) else check(row)) for number, row in begin]
-    reasons = {bad.reason if isinstance(bad, BadRow) else None for _, bad in checked}
-    if len(reasons) != 1 or None in reasons:
+    bad_rows = [(number, bad) for number, bad in checked if isinstance(bad, BadRow)]
+    reason, count = next(iter(Counter(bad.reason for _, bad in bad_rows).most_common(1)), (None, 0))
+    if not count or count < NEARLY_ALL * len(checked):
         return None
-    reason, (number, bad) = reasons.pop(), checked[0]
-    if reason in ("missing_column", "conversation"):  # the latter: the prompt's turns may be in another column
+    number, bad = next(each for each in bad_rows if each[1].reason == reason)
+    if count == len(checked) and reason in (
+        "missing_column",
+        "conversation",
+    ):  # the latter: the prompt's turns may be in another column
         row = next(row for _, row in begin if isinstance(row, dict))
         if line := _renaming(source, row):
             return f"{source.name}: {line}"
@@ -177,7 +184,8 @@ def _fault_of_the_file(
             return f"{source.name}: {bad.message}"
     if len(checked) < 3 or on_bad_row == "drop":
         return None
-    rows = f"all {len(checked)} rows" if len(checked) < NUM_FIRST_ROWS else f"the first {len(checked)} rows"
+    rows = f"all {count} rows" if len(checked) < NUM_FIRST_ROWS else f"the first {count} rows"
+    rows = rows if count == len(checked) else f"{count} of the first {len(checked)} rows"
     return f"{source.where(number)}: {bad.message}; it is the same in {rows}: mend the file"
 
 

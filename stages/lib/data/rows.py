@@ -47,7 +47,8 @@ DELIMITERS = ",;\t|"
 SPLIT_NAMES = re.compile(r"(?:^|[-_.])(train|test|validation|valid|dev|eval|heldout)(?=[-_.])", re.IGNORECASE)
 TEXT_COLUMNS = {"prompt", "chosen", "rejected", "response"}
 OPTIONAL_COLUMNS = ("system", "tools")
-NUM_FIRST_ROWS = 100  # that are read before any is judged: a fault of them all is the file's, not a row's
+NUM_FIRST_ROWS = 100  # that are read before any is judged: a fault of nearly all is the file's, not a row's
+NEARLY_ALL = 0.9
 
 Row = dict[str, Any]
 Numbered = Iterator[tuple[int, Row | BadRow]]

@@ -24,10 +24,9 @@ from stages.lib.data.chat import (
     truncate,
 )
 from stages.lib.data.messages import prompt_messages, texts_in
+from stages.lib.data.rows import NEARLY_ALL, NUM_FIRST_ROWS
 from stages.lib.run.errors import UserError
 
-NUM_FIRST_ROWS = 100  # of which nearly all have a fault where it is the whole set's, not a row's
-NEARLY_ALL = 0.9
 REMEDIES = {  # of a fault of the whole set
     "special_token": "the texts seem to be written in a chat template already; give plain texts or messages",
     "chat_template": "choose a base model whose template renders them, or take out of the data what it does not",
