@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages.lib.model import loading
-from stages.lib.model.adapters import FULL, Lora, TrainedWeights, add_adapters, save_adapted
+from stages.lib.model.adapters import FOLDER, FULL, Lora, TrainedWeights, add_adapters, save_adapted
 from stages.lib.model.frozen_side import FrozenSide
 from stages.lib.model.logps import TokenLogps
 from stages.lib.model.memory import MemoryDial, memory_dial, reading_dial
@@ -159,7 +159,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     look_prompts = [looked["input_ids"][i] for i in chosen]
 
     # the policy, and the frozen side: its start as the reference, and the reward model. With adapters the policy is
-    # they, and the reference the model without them
+    # they, the reference the model without them, and a reward model that has some on the same base others beside them
     start = root / "models" / params.policy
     policy = TokenLogps(loading.load_causal_lm(start, accelerator.device), params.temperature)
     frozen = FrozenSide(
@@ -169,6 +169,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         tokenizer,
         precision,
         partial(memory_dial, reading_dial(params.micro_batch_tokens), 4096, stage="train_ppo"),
+        root / "models/reward" / FOLDER,
     )
     adapted = add_adapters(policy.model, params.lora, precision) if params.lora.rank else None
     on_cpu = 1024 if adapted else 2048  # beside frozen weights, what a pass keeps is most of the memory

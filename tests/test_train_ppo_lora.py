@@ -1,6 +1,7 @@
 """train_ppo with adapters: one set of weights is policy, reference and reward model, and resumes to the same bytes."""
 
 import copy
+import gc
 import os
 import signal
 
@@ -12,11 +13,11 @@ from safetensors.torch import load_file
 
 from stages import train_ppo
 from stages.lib.model import loading
-from stages.lib.model.adapters import Lora
+from stages.lib.model.adapters import Lora, add_adapters, save_adapted
 from stages.lib.model.frozen_side import FrozenSide
 from stages.lib.model.logps import read_answers
 from stages.lib.model.memory import MemoryDial
-from stages.lib.model.reward import load_reward_model
+from stages.lib.model.reward import load_reward_model, score_sequences
 from stages.lib.rl.rollout import Actor
 from stages.lib.run.artefacts import read_json
 from stages.lib.run.checkpoints import Stopped
@@ -48,6 +49,25 @@ def root(tmp_path, tokenizer):
 @pytest.fixture(autouse=True)
 def _on_cpu(monkeypatch):
     monkeypatch.setenv("DEVICE", "cpu")
+
+
+@torch.no_grad()
+def adapt_reward_model(root, tokenizer):
+    """models/reward as `backbone: lora` leaves it: its adapters say much, merged in and beside it."""
+    model, folder = load_reward_model(root / "models/reward"), root / "models/reward"
+    adapted = add_adapters(model, ADAPTERS["lora"], "fp32", task="SEQ_CLS")
+    generator = torch.Generator().manual_seed(3)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+    plain = load_reward_model(folder)
+    save_adapted(adapted, model.state_dict(), root / "models/base", tokenizer, folder, lambda _: plain)
+
+
+@pytest.fixture
+def adapted_root(root, tokenizer):
+    adapt_reward_model(root, tokenizer)
+    return root
 
 
 def weights_of(folder) -> dict[str, torch.Tensor]:
@@ -111,6 +131,75 @@ def test_the_frozen_side_says_all_along_what_base_and_reward_model_say_bit_for_b
     assert len(differ) == 6 and not any(differ[:2]) and all(differ[-2:])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_reward_models_adapters_say_what_it_says_merged_and_the_reference_is_the_base_bit_for_bit(
+    adapted_root, monkeypatch, precision
+):
+    root, tokenizer = adapted_root, loading.load_tokenizer(adapted_root / "models/reward")
+    base, merged = loading.load_causal_lm(root / "models/base"), load_reward_model(root / "models/reward")
+    alone = FrozenSide(base, merged, LORA.temperature, tokenizer, precision, lambda _: MemoryDial(4096))
+    opinions, moved, headless = FrozenSide.opinions, [], []
+
+    def compared(self, prompts, responses, **how):
+        found, expected = opinions(self, prompts, responses, **how), opinions(alone, prompts, responses, **how)
+        assert self.shares_backbone and not self.one_pass and not alone.shares_backbone
+        for name in ("logps", "entropies", "features"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        tolerance = 1e-5 if precision == "fp32" else 0.1  # in bf16 the merged weights are rounded as a whole
+        torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=tolerance)
+        policy = read_answers(self.logps, prompts, responses, 4096, precision)[0]  # with the policy's adapters on
+        moved.append(not torch.allclose(policy, expected.logps, atol=1e-3))
+        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        plain, full = (
+            torch.tensor(score_sequences(model, texts, 4096, precision)) for model in (self.reward_model, merged)
+        )
+        headless.append((plain - full).abs().max() > 0.1)  # without its own adapters it would say something else
+        return found
+
+    monkeypatch.setattr(FrozenSide, "opinions", compared)
+    run(root, LORA.replace(micro_batch_tokens=4096), BASE.replace(precision=precision))
+    assert len(moved) == 6 and not any(moved[:2]) and all(moved[-2:]) and all(headless)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_backbone_is_held_where_policy_and_reward_model_have_adapters(adapted_root, monkeypatch, precision):
+    def held() -> set[int]:
+        """Where the weights of the backbone's layers lie, whoever holds them: two of this shape in each of two."""
+        gc.collect()
+        found = (each for each in gc.get_objects() if isinstance(each, torch.nn.Parameter))
+        return {each.data_ptr() for each in found if each.shape == (64, 32)}
+
+    before, roll_out, seen = held(), Actor.roll_out, []
+
+    def watched(self, *args):
+        seen.append(len(held() - before))
+        return roll_out(self, *args)
+
+    monkeypatch.setattr(Actor, "roll_out", watched)
+    facts = train_ppo.main(BASE.replace(precision=precision), LORA, adapted_root)
+    assert seen == [4] * 6 and facts["shared_backbone"]
+    monkeypatch.chdir(adapted_root)
+    by_peft = AutoPeftModelForCausalLM.from_pretrained("models/ppo/adapter", dtype=torch.float32)
+    full = weights_of(adapted_root / "models/ppo")
+    assert list(by_peft.peft_config) == ["default"]  # not the reward model's
+    assert all(torch.equal(weight, full[name]) for name, weight in by_peft.merge_and_unload().state_dict().items())
+
+
+def test_a_reward_model_on_another_start_stays_a_model_of_its_own(adapted_root, tokenizer):
+    dpo = make_policy()
+    with torch.no_grad():
+        dpo.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+    save_model(dpo, tokenizer, adapted_root / "models/dpo")
+    assert not train_ppo.main(BASE, LORA.replace(policy="dpo"), adapted_root)["shared_backbone"]
+
+
+def test_the_policy_may_have_adapters_beside_fewer_layers_than_the_reward_model(adapted_root):
+    few = LORA.lora.replace(targets=["q_proj"])
+    assert train_ppo.main(BASE.replace(precision="bf16"), LORA.replace(lora=few), adapted_root)["shared_backbone"]
+    full, base = weights_of(adapted_root / "models/ppo"), weights_of(adapted_root / "models/base")
+    assert all(torch.equal(full[name], base[name]) for name in base if "q_proj" not in name)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_there_is_one_set_of_weights_which_the_sampler_shares(root, monkeypatch, precision):
     if precision == "fp16":
@@ -134,8 +223,11 @@ def test_there_is_one_set_of_weights_which_the_sampler_shares(root, monkeypatch,
         assert seen["sampler"][key][0] == half and (seen["sampler"][key][1] == place) == ("lora_" not in key), key
 
 
-@pytest.mark.parametrize("kind", ["gae", "rloo"])
-def test_a_stopped_run_goes_on_to_the_same_bytes_from_adapters_alone(root, monkeypatch, kind):
+@pytest.mark.parametrize("kind", ["gae", "rloo", "adapted reward"])
+def test_a_stopped_run_goes_on_to_the_same_bytes_from_adapters_alone(root, tokenizer, monkeypatch, kind):
+    if kind == "adapted reward":
+        adapt_reward_model(root, tokenizer)
+        kind = "gae"
     params = {"gae": LORA, "rloo": RLOO.replace(**ADAPTERS)}[kind].replace(look_every=1)
     run(root, params)
     expected = copy.deepcopy(bytes_of(root))
@@ -154,7 +246,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes_from_adapters_alone(root, monke
     (path,) = root.glob("checkpoints/train_ppo/*/checkpoint.pt")
     saved = torch.load(path, weights_only=True)
     for kept in (saved["tracked"]["policy"]["model"], saved["values"]["state"]["best"]["weights"]):
-        assert kept and all("lora_" in name for name in kept)
+        assert kept and all("lora_" in name and ".default." in name for name in kept)
     run(root, params)
     assert len(calls) == 3 and bytes_of(root) == expected
 
@@ -182,7 +274,10 @@ train_ppo.main(BASE, LORA, Path(sys.argv[1]))
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(root):
+@pytest.mark.parametrize("adapted", [False, True])
+def test_two_processes_train_as_one(root, tokenizer, adapted):
+    if adapted:
+        adapt_reward_model(root, tokenizer)
     single, weights = run(root, LORA), weights_of(root / "models/ppo")
     run_in_two(SCRIPT, root)
     for one, two in zip(single, history_of(root), strict=True):

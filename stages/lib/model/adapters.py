@@ -7,12 +7,15 @@ PEFT is imported where adapters are asked for: without them, no stage waits for 
 """
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
+import torch
 from pydantic import Field, model_validator
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 FOLDER = "adapter"  # beside the full weights that it was merged into
+REWARD = "reward"  # the reward model's adapters, where they lie beside the policy's
 OUTER = "base_model.model."  # what PEFT puts before a weight's name
 
 
@@ -86,7 +90,9 @@ def add_adapters(
         target_modules=lora.targets,
     )
     try:
-        adapted = get_peft_model(model, config)  # adapters of half-precision layers are float32 (PEFT 0.21)
+        with warnings.catch_warnings():  # PEFT takes adapters that are there already for a mistake
+            warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT")
+            adapted = get_peft_model(model, config)  # adapters of half-precision layers are float32 (PEFT 0.21)
     except ValueError as error:
         raise UserError(f"params.yaml: lora.targets does not fit {type(model).__name__}: {error}") from error
     if task == "CAUSAL_LM" and has_adapter(cast(nn.Module, model.get_output_embeddings())):
@@ -103,6 +109,51 @@ def add_adapters(
     return adapted
 
 
+def put_beside(base: PreTrainedModel, other: PreTrainedModel, adapter: Path) -> bool:
+    """Puts the adapters in `adapter` beside the base's layers, in place, where they make `other` of it.
+
+    Named REWARD, frozen and off; those that `add_adapters` puts there afterwards are others.
+
+    Args:
+        base: a transformer, without a head.
+        other: the same transformer with these adapters merged into it.
+        adapter: as `save_adapted` leaves it; need not be there.
+
+    Returns:
+        Whether they do, but for the rounding of that merger; where not, the base is as it was.
+    """
+    if not adapter.exists():
+        return False
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    config = cast(LoraConfig, LoraConfig.from_pretrained(str(adapter)))
+    prefix = f"{OUTER}{type(other).base_model_prefix}."
+    saved = load_file(adapter / "adapter_model.safetensors")
+    weights = {name.removeprefix(prefix): weight for name, weight in saved.items() if ".lora_" in name}
+    layers = sorted({name.partition(".lora_")[0] for name in weights})
+    ours, theirs = dict(base.named_parameters()), dict(other.named_parameters())
+    if ours.keys() != theirs.keys() or not {f"{layer}.weight" for layer in layers} <= ours.keys():
+        return False
+    for name, weight in ours.items():
+        layer = name.removesuffix(".weight")
+        if layer in layers:
+            down, up = (weights[f"{layer}.lora_{each}.weight"].to(weight.device) for each in "AB")
+            product = (up @ down) * (config.lora_alpha / config.r)
+            made = weight + (product.T if config.fan_in_fan_out else product)
+            if made.shape != theirs[name].shape or not torch.allclose(made, theirs[name], rtol=1e-5, atol=1e-7):
+                return False
+        elif not torch.equal(weight, theirs[name]):
+            return False
+    config.target_modules, config.modules_to_save, config.task_type = layers, None, None
+    inject_adapter_in_model(config, base, REWARD)
+    set_peft_model_state_dict(base, weights, REWARD)
+    freeze(base)
+    for layer in _adapted_layers(base):
+        layer.set_adapter([])
+        layer.cast_input_dtype_enabled = False
+    return True
+
+
 def has_adapter(module: nn.Module) -> bool:
     """Whether it is one of PEFT's layers, for which PEFT need not be imported."""
     return hasattr(module, "lora_A") and hasattr(module, "enable_adapters")
@@ -113,16 +164,17 @@ def _adapted_layers(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was without its adapters, inside the block; of one that has none, the model itself."""
+def adapters_off(model: nn.Module, but: str | None = None) -> Iterator[None]:
+    """Inside the block, the model as it was without its adapters, or with one of them; of one that has none, itself."""
     layers = _adapted_layers(model)
+    active = [layer.active_adapters for layer in layers]
     for layer in layers:
-        layer.enable_adapters(False)
+        layer.set_adapter([but] if but else [])
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        for layer, names in zip(layers, active, strict=True):
+            layer.set_adapter(names)
 
 
 @contextmanager

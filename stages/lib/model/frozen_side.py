@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stages.lib.model.adapters import adapters_off
+from stages.lib.model.adapters import REWARD, adapters_off, put_beside
 from stages.lib.model.answer_means import hidden_after, mean_of_completions, until_end
 from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.loading import DTYPES, autocast, cast_linear_layers, freeze, own_memory
@@ -39,7 +40,8 @@ class Opinions:
 class FrozenSide:
     """A base and a reward model that never change: one forward pass where the backbones are equal, bit for bit.
 
-    The reward model's is then let go. Adapters that the base is given afterwards are off here.
+    The reward model's is then let go; it is too where adapters make it of the base's, which are on for the score
+    alone. Adapters that the base is given afterwards are off here.
     """
 
     def __init__(
@@ -50,17 +52,21 @@ class FrozenSide:
         tokenizer: PreTrainedTokenizerBase,
         precision: str,
         dial: Callable[[PreTrainedModel], MemoryDial],
+        adapter: Path | None = None,
     ):
         """
         Args:
             base, reward_model: on the device where the work shall happen; frozen here.
             temperature: of the log-probs and entropies.
             dial: tokens of a forward pass through a model, asked for when all that stays is in its place.
+            adapter: the folder of what the reward model has beside a base, if it has.
         """
         self.base, self.reward_model = freeze(base), freeze(reward_model)
         self.tokenizer, self.precision = tokenizer, precision
         self.logps = TokenLogps(base, temperature)
-        self.shares_backbone = same_weights(base.get_decoder(), backbone_of(reward_model))
+        backbones = base.get_decoder(), backbone_of(reward_model)
+        self.one_pass = same_weights(*backbones)
+        self.shares_backbone = self.one_pass or (adapter is not None and put_beside(*backbones, adapter))
         if self.shares_backbone:
             setattr(reward_model, reward_model.base_model_prefix, base.get_decoder())
         if precision != "fp32":
@@ -109,7 +115,7 @@ class FrozenSide:
         kinds = [
             [(i, until_end(responses[i], base.config.eos_token_id)) for i in range(count if layer else 0)],
             [(i, responses[i]) for i in wanted],
-            [(i, ends[i]) for i in range(count if self.shares_backbone else 0)],
+            [(i, ends[i]) for i in range(count if self.one_pass else 0)],
         ]
         kind_of = torch.tensor([kind for kind, texts in enumerate(kinds) for _ in texts])
         owner_of = torch.tensor([i for texts in kinds for i, _ in texts])
@@ -136,10 +142,11 @@ class FrozenSide:
                 of_tokens |= dict(zip(owners[to_read].tolist(), zip(*parts, strict=True), strict=True))
                 last = last[batch.last_index[to_score.to(base.device)]]
                 scores[owners[to_score]] = apply_head(self.reward_model, last).cpu()
-        if not self.shares_backbone:
+        if not self.one_pass:
             whole = [prompt + end for prompt, end in zip(prompts, ends, strict=True)]
             how = micro_batch_tokens, self.precision, progress
-            scores = torch.tensor(score_sequences(self.reward_model, whole, *how))
+            with adapters_off(base, but=REWARD):
+                scores = torch.tensor(score_sequences(self.reward_model, whole, *how))
         columns = [torch.cat(parts) for parts in zip(*(of_tokens[i] for i in wanted), strict=True)]
         logps, entropies, features = [*columns, *[torch.empty(0)] * 3][:3]
         return Opinions(logps, entropies, features, scores, means)

@@ -109,7 +109,7 @@ def _linear(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer` along the first dimension of (features, B); with its adapter, where it has one that is on."""
     product = layer.weight @ x
     if type(layer) is not nn.Linear and not layer.disable_adapters:
-        for name in layer.active_adapters:
+        for name in layer.lora_A.keys() & set(layer.active_adapters):
             product.addmm_(layer.lora_B[name].weight, layer.lora_A[name].weight @ x, alpha=layer.scaling[name])
     return product
 
