@@ -112,8 +112,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         "scores": plots.scores(pairs, scores_of(answers)),
     }
     for name, png in pictures.items():
-        with atomic_path(root / REPORTS / f"{name}.png") as partial:
-            partial.write_bytes(png)
+        with atomic_path(root / REPORTS / f"{name}.png") as unfinished:
+            unfinished.write_bytes(png)
     write_json(root / REPORTS / "metrics.json", round_floats(summary(answers, card, ranges, verdicts)))
     print(f"wrote {REPORTS}/scorecard.csv, verdicts.json, frontier.csv, frontier.png, scores.png, metrics.json")
     for model, found in verdicts.items():

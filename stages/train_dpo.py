@@ -314,9 +314,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
                     history=history, evaluations=evaluations, course=course.columns, looks=looks
                 )
 
-        joined = cast(
-            dict[str, Tensor], accelerator.get_state_dict(learner.module)
-        )  # FSDP: of all processes' parts
+        # FSDP: of all processes' parts
+        joined = cast(dict[str, Tensor], accelerator.get_state_dict(learner.module))
         if accelerator.is_main_process:
             weights = {name.removeprefix("model."): weight for name, weight in joined.items()}
             if adapted:

@@ -83,9 +83,8 @@ class Collected:
     rows: dict[int, Any]
     dropped: Counter[str]
     heldout_from: float = inf  # the number above which rows are those to hold out whole
-    unread: dict[str, dict[str, int]] = field(
-        default_factory=dict
-    )  # 'columns' and 'message_keys': rows that have each
+    #: under 'columns' and 'message_keys': how many rows have each that is not read
+    unread: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def keep(self, numbers: Iterable[int], reason: str) -> "Collected":
         """Only the given rows; the others count as dropped for `reason`. Raises PairError if none is left."""
@@ -173,10 +172,8 @@ def _fault_of_the_file(
     if not count or count < NEARLY_ALL * len(checked):
         return None
     number, bad = next(each for each in bad_rows if each[1].reason == reason)
-    if count == len(checked) and reason in (
-        "missing_column",
-        "conversation",
-    ):  # the latter: the prompt's turns may be in another column
+    # a fault of 'conversation': the prompt's turns may be in another column
+    if count == len(checked) and reason in ("missing_column", "conversation"):
         row = next(row for _, row in begin if isinstance(row, dict))
         if line := _renaming(source, row):
             return f"{source.name}: {line}"
