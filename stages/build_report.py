@@ -37,7 +37,8 @@ class Params(Section):
 
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
-    files = ReportFiles(root)
+    files, settings = ReportFiles(root), read_params(root)
+    confidence = settings["analyze_logps"]["confidence"]
     pictures = {picture.title: picture for picture in sections.pictures(root)}
     page = Page(
         title=params.title,
@@ -48,12 +49,14 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         second_judge=sections.second_judge(files),
         frontier=pictures.pop("frontier"),
         samples=sections.gallery(files, params.gallery_rows),
+        corruptions=numbers.corruptions(files, confidence),
+        corruptions_in_words=numbers.corruptions_in_words(files, confidence),
         tiles=[*numbers.tiles(files), sections.cost_tile(files)],
         answer=paragraphs(files.text("analyze_logps", "answer.md")),
         forests=numbers.forests(files),
         curves=sections.training_curves(files),
         pictures=list(pictures.values()),
-        setup=[*sections.setup(files, read_params(root)), ("Seed, precision", f"{base.seed}, {base.precision}")],
+        setup=[*sections.setup(files, settings), ("Seed, precision", f"{base.seed}, {base.precision}")],
         data=sections.data_counts(files),
         parameters=sections_of((root / "params.yaml").read_text(encoding="utf-8"), sections.PARAMETERS),
         costs=sections.costs(files),

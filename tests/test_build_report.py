@@ -10,14 +10,17 @@ import pytest
 from pydantic import ValidationError
 
 from stages.build_report import Params, main
+from stages.lib.analysis.names import CORRUPTION_LABELS
 from stages.lib.analysis.stats import Interval
 from stages.lib.analysis.wording import NO_FINDING
+from stages.lib.data.corruptions import CORRUPTIONS
+from stages.lib.report.files import EMBEDDED_PAIRS
 from stages.lib.report.page import Estimate, Forest, Scale, paragraphs, sections_of, spell_seconds
 from stages.lib.report.sections import STAGES
-from stages.lib.run.artefacts import write_json
+from stages.lib.run.artefacts import sha256_of_file, write_json
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base
-from tests.support.example_reports import write_example_reports
+from tests.support.example_reports import REPO, write_example_reports
 from tests.support.without_intervals import CLAIMS, drop_intervals
 
 BASE = Base(seed=42, precision="auto")
@@ -107,6 +110,49 @@ def test_without_intervals_no_finding_is_worded(root):
     assert page.text.count(NO_FINDING) == 5  # two verdicts, memorised by DPO and by PPO, the score gained
     html = (root / "reports/index.html").read_text(encoding="utf-8")
     assert "<strong>" not in html.split('id="scorecard"')[1].split("</table>")[0]
+
+
+def test_what_reward_model_and_judge_do_not_see_through_is_said_by_kind(root):
+    text = build(root).text.replace("\N{NO-BREAK SPACE}", " ")
+    table = " ".join(text.split("What reward model and judge see through")[1].split())
+    assert "a few words looped to the end3497 % [85, 99]100 % [90, 100]*" in table  # Wilson's, of 33 of 34
+    assert "a good answer to another prompt3453 % [37, 69]*62 % [45, 76]" in table
+    assert (
+        "The reward model does not clearly prefer the better answer to these: a good answer to another prompt "
+        "(53 % [37, 69]). The judge does not clearly prefer the better answer to these: a good answer to another "
+        "prompt (62 % [45, 76])." in table
+    )
+    path = root / "reports/train_reward/metrics.json"
+    metrics = json.loads(path.read_text())
+    write_json(path, metrics | {"by_kind": {"loop": 0.970588, "other_prompt": 0.176471}})
+    text = build(root).text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "prefers these to the better answer: a good answer to another prompt (18 % [8, 34])." in text
+    write_json(path, metrics | {"by_kind": {"loop": 0.970588}})
+    text = build(root).text
+    assert "The reward model clearly prefers the better answer to every kind. The judge clearly" in text
+    write_json(path, metrics | {"by_kind": {}})  # of answers that cannot be spoilt
+    assert "see through" not in build(root).text
+
+
+def test_pairs_that_share_a_prompt_widen_the_interval_by_kind(root):
+    path = root / "reports/fetch_pairs/metrics.json"
+    write_json(path, json.loads(path.read_text()) | {"heldout_prompts": 17})
+    assert "97\N{NO-BREAK SPACE}% [77, 100]" in build(root).text  # Wilson: 0.970588 of 17 trials
+
+
+def test_every_corruption_has_a_name_in_words():
+    assert set(CORRUPTION_LABELS) == {*CORRUPTIONS, "short_both"}
+
+
+def test_the_judge_is_among_the_setup_and_the_embedded_pairs_have_a_licence(root):
+    text = build(root).text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "Judgelogistic regression (C 0.003) on the base’s mean hidden state after layer 21" in text
+    assert "right in 97 % of the held-out pairs" in text
+    assert "pairs_embedded.jsonl, licence not stated" in text  # another file of that name
+    path = root / "reports/fetch_pairs/metrics.json"
+    write_json(path, json.loads(path.read_text()) | {"sha256": EMBEDDED_PAIRS})
+    assert "pairs_embedded.jsonl, licence mit" in build(root).text
+    assert EMBEDDED_PAIRS == sha256_of_file(REPO / "data/pairs_embedded.jsonl")
 
 
 def test_a_second_judge_stands_beside_the_first_where_one_was_asked(root):

@@ -104,7 +104,7 @@ def test_lengths_and_cuts_of_the_pairs_leave_other_texts_out(root):
     ]
     assert max(prompts) < 90  # all that are cut are evaluation prompts
     mean = sum(prompts) / len(prompts)
-    assert f"Tokens, prompt {mean:.0f} in the mean, {max(prompts)} in the longest, once cut" in page
+    assert f"Tokens, prompt {mean:.0f} on average, {max(prompts)} at most, after the cut" in page
     assert "Then left out, unseen texts and evaluation prompts included: holds a special token" in page
     assert "Texts cut to max_prompt_length, unseen texts and evaluation prompts included 400" in page
     assert "texts are cut to a limit" not in page

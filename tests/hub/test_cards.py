@@ -159,6 +159,14 @@ def test_a_data_set_and_a_base_model_are_named_only_where_the_hub_has_them(root)
     assert "base_model" not in metadata_of(render_card("dpo", facts_of(root), SHA256))
 
 
+def test_the_embedded_pairs_are_under_this_projects_licence_and_a_file_of_ones_own_under_none_stated(root):
+    card = render_card("reward", facts_of(root), SHA256)
+    assert "| licence of the data | mit |" in card and "The preference pairs are under mit." in card
+    edit(root, "fetch_pairs", sha256="cd" * 32)
+    card = render_card("reward", facts_of(root), SHA256)
+    assert "licence of the data" not in card and "The preference pairs are under" not in card
+
+
 @pytest.mark.parametrize(
     ("spoilt", "complaint"),
     [
@@ -254,6 +262,15 @@ def test_the_reward_card_quotes_what_was_measured(root):
     assert "| rank correlation of score and length | +0.58 [+0.53, +0.63] |" in section(card, "Results")
     assert f"It prints about {facts.example['chosen_score']:.2f} for the chosen" in section(card, "Use")
     assert "152 steps in all" in section(card, "Training")
+
+
+def test_the_reward_card_says_which_corruptions_it_does_not_see_through(root):
+    results = section(render_card("reward", facts_of(root), SHA256), "Results").replace("\N{NO-BREAK SPACE}", " ")
+    assert "| a few words looped to the end | 34 | 97 % [85, 99] | 100 % [90, 100] |" in results
+    spliced = "the second half from another prompt’s answer"
+    assert f"| {spliced} | 34 | 18 % [8, 34]* | 82 % [66, 92] |" in results
+    assert f"The reward model prefers these to the better answer: {spliced} (18 % [8, 34])." in results
+    assert "The judge does not clearly prefer the better answer to these: a good answer to another" in results
 
 
 def test_the_ppo_card_quotes_what_was_measured(root):

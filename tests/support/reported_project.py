@@ -198,7 +198,16 @@ def metrics_of_a_run(heldout_pairs: int) -> dict[str, dict]:
             "hard_negatives": 1620,
             "heldout_pairs": heldout_pairs,
             "steps": 152,
+            "by_kind": {"loop": 0.970588, "spliced": 0.176471, "other_prompt": 0.529412},
             "heldout": reward_heldout,
+        },
+        "corrupt_answers": {
+            "train": {"loop": {"made": 300, "left_out": 0}, "other_prompt": {"made": 300, "left_out": 0}},
+            "heldout": {kind: {"made": 34, "left_out": 0} for kind in ("loop", "spliced", "other_prompt")},
+        },
+        "train_judge": {
+            "by_kind": {"loop": 1.0, "spliced": 0.823529, "other_prompt": 0.617647},
+            "kinds_never_met": [],
         },
         "train_ppo": ppo,
         "sample_responses": {"heldout_prompts": 32},

@@ -1,4 +1,4 @@
-"""Models and rankers by the names that report, cards, pictures and messages give them."""
+"""Models, rankers and corruptions by the names that report, cards, pictures and messages give them."""
 
 MODELS = {"base": "Base", "dpo": "DPO", "ppo": "PPO"}
 RANKER_LABELS = {
@@ -12,4 +12,21 @@ RANKER_LABELS = {
     "dpo": "DPO's implicit reward",
     "ppo": "PPO's implicit reward",
     "reward_model": "reward model",
+}
+CORRUPTION_LABELS = {  # of a copy, by its kind
+    "loop": "a few words looped to the end",
+    "emoji": "strewn with emoji",
+    "exclaim": "strewn with exclamation and question marks",
+    "cut": "broken off in mid-sentence",
+    "brief": "the first sentences alone",
+    "shuffle": "words in random order",
+    "repeat": "a sentence said over and over",
+    "echo": "the prompt given back",
+    "other_prompt": "a good answer to another prompt",
+    "doubled": "words doubled",
+    "reversed": "sentences in reverse order",
+    "letters": "letters missing",
+    "refrain": "a refrain after every few words",
+    "spliced": "the second half from another prompt’s answer",
+    "short_both": "first sentences of the rejected answer, against those of the preferred one",
 }

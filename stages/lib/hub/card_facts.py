@@ -15,8 +15,8 @@ from ruamel.yaml import YAML
 from stages.lib.analysis.names import MODELS, RANKER_LABELS
 from stages.lib.analysis.stats import Interval
 from stages.lib.analysis.text_features import RANKERS
-from stages.lib.report.files import ReportFiles
-from stages.lib.report.numbers import scored
+from stages.lib.report import numbers
+from stages.lib.report.files import EMBEDDED_PAIRS, ReportFiles, data_license
 from stages.lib.report.page import Table
 from stages.lib.report.sections import scorecard
 from stages.lib.run.artefacts import read_parquet, read_rows
@@ -32,9 +32,6 @@ class CardError(UserError):
 
 
 DECODINGS = ("greedy", "sampled")
-EMBEDDED_PAIRS = (
-    "f8c44a541f7971c88ab2c3b6f24422ab43dd9cb9434e0c18dc6112e1cb72cb30"  # SHA-256, data/pairs_embedded.jsonl
-)
 
 
 @dataclass(frozen=True)
@@ -137,6 +134,11 @@ class Facts:
         return self.metric("fetch_pairs", "source")
 
     @property
+    def data_license(self) -> str | None:
+        """None where nobody stated one."""
+        return data_license(*(self.reports.metric("fetch_pairs", key) for key in ("license", "sha256")))
+
+    @property
     def data_id(self) -> str | None:
         """The data set's id on the Hub; None for a file."""
         from_hub = self.reports.metric("fetch_pairs", "revision") is not None
@@ -179,13 +181,23 @@ class Facts:
         return self.reports.columns("train_dpo", "heldout.csv", metric)[0][0]
 
     @property
-    def style(self) -> Table:
+    def scorecard(self) -> Table:
         """The scorecard of all models' answers; bold where the base's is clearly another."""
         return scorecard(self.reports, mark_change=lambda text: f"**{text}**")
 
+    @property
+    def corruptions(self) -> Table:
+        """How often reward model and judge see through each kind of corruption."""
+        return numbers.corruptions(self.reports, self.params["analyze_logps"]["confidence"])
+
+    @property
+    def corruptions_in_words(self) -> str:
+        """Which kinds they do not see through."""
+        return numbers.corruptions_in_words(self.reports, self.params["analyze_logps"]["confidence"])
+
     def scored(self, model: str, measure: str, change: bool = False) -> Interval:
         """A measure of a model's sampled answers, or its change from the base's."""
-        return scored(self.reports, model, measure, change)
+        return numbers.scored(self.reports, model, measure, change)
 
     def verdict(self, model: str) -> tuple[str, str]:
         """The verdict on DPO or PPO: a word, and the figures it rests on."""

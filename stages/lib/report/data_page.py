@@ -10,6 +10,7 @@ from stages.lib.analysis.stats import Interval
 from stages.lib.data.cuts import cut_warnings
 from stages.lib.data.suspicions import SUSPICIONS
 from stages.lib.report.charts import Picture, histograms
+from stages.lib.report.files import data_license
 from stages.lib.report.page import Estimate, Forest, Scale, Table, percentages
 
 MANY = 0.1  # share of rows dropped, of prompts cut, or of answers cut, above which the page warns
@@ -178,14 +179,14 @@ def facts(fetched: Mapping[str, Any], profile: Mapping[str, Any], lengths: Lengt
     found = [
         ("Source", str(fetched["source"])),
         ("Revision", str(fetched["revision"] or f"sha256:{fetched['sha256'][:12]}…")),
-        ("Licence", str(fetched["license"] or "not stated")),
+        ("Licence", data_license(fetched["license"], fetched["sha256"]) or "not stated"),
         ("Not read", unread(fetched["unread"])),
         ("Prompts have", f"{turns} pairs"),
         ("Different prompts", f"{repeated['prompts']:,}{more}"),
     ]
     for part, sizes in lengths._asdict().items():
         mean = sum(sizes) / len(sizes)
-        found.append((f"Tokens, {part}", f"{mean:.0f} in the mean, {max(sizes):,} in the longest, once cut"))
+        found.append((f"Tokens, {part}", f"{mean:.0f} on average, {max(sizes):,} at most, after the cut"))
     return found
 
 

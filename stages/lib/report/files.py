@@ -9,6 +9,15 @@ import pandas as pd
 from stages.lib.analysis.stats import Interval
 from stages.lib.run.errors import UserError
 
+EMBEDDED_PAIRS = (
+    "f8c44a541f7971c88ab2c3b6f24422ab43dd9cb9434e0c18dc6112e1cb72cb30"  # SHA-256, data/pairs_embedded.jsonl
+)
+
+
+def data_license(stated: str | None, sha256: str) -> str | None:
+    """The pairs' licence: as stated where they come from, or this project's own where they come with it."""
+    return stated or ("mit" if sha256 == EMBEDDED_PAIRS else None)
+
 
 class ReportFiles:
     """Read access to reports/<stage>/ under one project root."""

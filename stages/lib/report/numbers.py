@@ -1,10 +1,12 @@
 """The report's key numbers: each with its interval, beside what it has to beat."""
 
-from stages.lib.analysis.names import MODELS, RANKER_LABELS
-from stages.lib.analysis.stats import Interval
+import numpy as np
+
+from stages.lib.analysis.names import CORRUPTION_LABELS, MODELS, RANKER_LABELS
+from stages.lib.analysis.stats import Interval, share_interval
 from stages.lib.analysis.wording import ends, finding, number
 from stages.lib.report.files import ReportFiles
-from stages.lib.report.page import Estimate, Forest, Scale, Tile, percentages
+from stages.lib.report.page import Estimate, Forest, Scale, Table, Tile, percentages
 from stages.lib.run.errors import UserError
 
 SHARE = Scale(0, 1, reference=0.5)
@@ -130,6 +132,60 @@ def baselines(files: ReportFiles) -> list[Estimate]:
         Estimate(RANKER_LABELS.get(str(name), str(name)), analysed(files, "rankers", name), kind="baseline")
         for name in sorted(names, key=lambda name: -values[name])
     ]
+
+
+def corruptions(files: ReportFiles, confidence: float) -> Table:
+    """How often reward model and judge prefer a held-out answer to its corrupted copy, by kind of corruption.
+
+    Without rows where no copy could be made. An asterisk marks a kind that the model in question never met.
+    """
+    met = (
+        set(files.metric("corrupt_answers", "train")) if files.metric("train_reward", "hard_negatives") else set()
+    )
+    never_met = files.metric("train_judge", "kinds_never_met")
+    rows = []
+    for kind, (reward_model, judge) in resisted(files, confidence).items():
+        cells = percentages(reward_model) + "*" * (kind not in met), percentages(judge) + "*" * (kind in never_met)
+        rows.append(
+            [CORRUPTION_LABELS[kind], f"{files.metric('corrupt_answers', 'heldout', kind, 'made'):,}", *cells]
+        )
+    return Table(["The worse of the two answers", "Pairs", "Reward model", "Judge"], rows)
+
+
+def corruptions_in_words(files: ReportFiles, confidence: float) -> str:
+    """Which corruptions reward model and judge do not see through: those where the interval is not above one half."""
+    found = resisted(files, confidence)
+    sentences = []
+    for place, name in enumerate(("reward model", "judge")):
+        kinds = {CORRUPTION_LABELS[kind]: shares[place] for kind, shares in found.items()}
+        unsure = {label: share for label, share in kinds.items() if share.covers(0.5)}
+        fooled = {label: share for label, share in kinds.items() if share.mean < 0.5 and label not in unsure}
+        for labels, words in (
+            (fooled, f"The {name} prefers these to the better answer"),
+            (unsure, f"The {name} does not clearly prefer the better answer to these"),
+        ):
+            if labels:
+                told = (f"{label} ({percentages(share)})" for label, share in labels.items())
+                sentences.append(f"{words}: {'; '.join(told)}.")
+        if not fooled and not unsure:
+            sentences.append(f"The {name} clearly prefers the better answer to every kind.")
+    return " ".join(sentences)
+
+
+def resisted(files: ReportFiles, confidence: float) -> dict[str, tuple[Interval, Interval]]:
+    """By kind of corruption: the shares of pairs in which reward model and judge score the better answer higher.
+
+    The reports hold a share by kind, not by prompt. The intervals are as wide as if all pairs of a prompt agreed.
+    """
+    pairs, prompts = (files.metric("fetch_pairs", f"heldout_{what}") for what in ("pairs", "prompts"))
+    found = {}
+    for kind in files.metric("train_reward", "by_kind"):
+        made = files.metric("corrupt_answers", "heldout", kind, "made")
+        trials = max(1, round(made * prompts / pairs))
+        shares = (files.metric(stage, "by_kind", kind) for stage in ("train_reward", "train_judge"))
+        reward_model, judge = (share_interval(np.full(trials, share), None, confidence) for share in shares)
+        found[kind] = reward_model, judge
+    return found
 
 
 def analysed(files: ReportFiles, *keys: str) -> Interval:

@@ -129,6 +129,8 @@ class Page:
     second_judge: Table | None  # where one was asked
     frontier: Picture
     samples: Sequence[Sample]
+    corruptions: Table
+    corruptions_in_words: str
     tiles: Sequence[Tile]
     answer: Markup
     forests: Sequence[Forest]

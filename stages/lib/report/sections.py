@@ -7,7 +7,7 @@ from typing import Any
 from stages.lib.analysis.names import MODELS
 from stages.lib.analysis.wording import CAPTIONS, estimate
 from stages.lib.report.charts import Picture, Points, curves, picture
-from stages.lib.report.files import ReportFiles
+from stages.lib.report.files import ReportFiles, data_license
 from stages.lib.report.page import Answer, Sample, Table, Tile, percentages, spell_seconds
 from stages.lib.report.plots import STAGE_OF
 from stages.lib.run.errors import UserError
@@ -86,11 +86,14 @@ def setup(files: ReportFiles, params: dict[str, Any]) -> list[tuple[str, str]]:
     keys = ("hub_id", "model_type", "parameters", "license", "revision")
     hub_id, model_type, size, license, revision = (files.metric("fetch_base", key) for key in keys)
     keys = ("source", "license", "revision", "sha256")
-    source, data_license, data_revision, checksum = (files.metric("fetch_pairs", key) for key in keys)
+    source, stated, data_revision, checksum = (files.metric("fetch_pairs", key) for key in keys)
     dpo, reward, ppo = (params[stage] for stage in ("train_dpo", "train_reward", "train_ppo"))
     dpo_steps, reward_steps = (files.metric(stage, "steps") for stage in ("train_dpo", "train_reward"))
     keys = ("episodes", "updates", "kept_update", "stopped_early")
     episodes, updates, kept_update, stopped_early = (files.metric("train_ppo", key) for key in keys)
+    keys = ("pairs", "corrupted", "layer", "strength", "cv_accuracy")
+    judge_pairs, judge_copies, layer, strength, cv_accuracy = (files.metric("train_judge", key) for key in keys)
+    heldout_accuracy = files.metric("train_judge", "heldout", "accuracy")
     met, copies = (files.metric("train_dpo", key) for key in ("pairs_met", "hard_negatives_met"))
     lora, adapters = params["lora"], f"; adapters of rank {params['lora']['rank']} were trained"
     stopped = f" Stopped early at {stopped_early}." if stopped_early else ""
@@ -102,7 +105,7 @@ def setup(files: ReportFiles, params: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "Preference pairs",
-            f"{source}, licence {data_license or 'not stated'}, "
+            f"{source}, licence {data_license(stated, checksum) or 'not stated'}, "
             f"revision {_short(data_revision or f'sha256:{checksum}')}",
         ),
         (
@@ -115,6 +118,13 @@ def setup(files: ReportFiles, params: dict[str, Any]) -> list[tuple[str, str]]:
             "Reward model",
             f"linear head on {BACKBONES[reward['backbone']]}, learning rate {_rate(reward['learning_rate'])}, "
             f"{_times(reward['epochs'], 'epoch')}: {_times(reward_steps, 'step')} of {reward['batch_size']} pairs",
+        ),
+        (
+            "Judge",
+            f"logistic regression (C {strength:g}) on the base’s mean hidden state after layer {layer}, both chosen by "
+            f"cross-validation (right in {percentages(cv_accuracy)}, the mean over kinds of pairs), fitted on "
+            f"{_times(judge_pairs, 'pair')} of its own and {judge_copies:,} with corrupted or shortened copies; "
+            f"right in {percentages(heldout_accuracy)} of the held-out pairs",
         ),
         (
             "PPO",
