@@ -62,7 +62,24 @@ def verdicts(read: Read, reports: str) -> str:
             lines[-1] += (
                 f" Its objective, what it maximises, changed by {change} [{low}, {high}] on these prompts."
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, seeds(read)])
+
+
+def seeds(read: Read) -> str:
+    """With which seeds each model was better, and what may be claimed of it: what holds with every one."""
+    table = list(csv.DictReader(StringIO(read("bench/results/seeds.csv"))))
+    said, claimed = [], []
+    for model in ("dpo", "ppo"):
+        of_model = [row for row in table if row["model"] == model]
+        better = sum(row["verdict"] == "better" for row in of_model)
+        shares = ", ".join(f"{100 * float(row['win_rate']):.0f}" for row in of_model)
+        said.append(f"{COLUMNS[model]} is better with {better} of {len(of_model)} (the judge: {shares} %)")
+        claimed += [COLUMNS[model]] * (better == len(of_model))
+    what = f"that {' and '.join(claimed)} {'is' if len(claimed) == 1 else 'are'} better" if claimed else "nothing"
+    return (
+        f"- **Three seeds**: {', '.join(said)}. Only what holds with every seed is claimed: {what} "
+        "(`recipes/README.md`, Three seeds)."
+    )
 
 
 def judge(read: Read) -> str:
