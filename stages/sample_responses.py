@@ -10,7 +10,7 @@ Writes  data/answers.parquet                    model, decoding, prompt_id, spli
         data/base_answers.parquet               several sampled answers of the base to one prompt: to a few held-out
                                                 ones for the best of n, to the judge's as the courses' opponents
         reports/sample_responses/samples.json   the first prompts and their six answers
-        reports/sample_responses/samples.md     the same, to read side by side
+        reports/sample_responses/samples.md     the same, to read
         reports/sample_responses/metrics.json   counts, limits, and how long answers are
         reports/sample_responses/run.json       seconds, tokens/s, memory, versions
 
@@ -36,7 +36,7 @@ from stages.lib.model.generate import Answer, answer_prompts, in_precision
 from stages.lib.model.loading import freeze, load_causal_lm, load_tokenizer, pick_device, pick_precision
 from stages.lib.model.logps import TokenLogps, read_answers
 from stages.lib.model.memory import MemoryDial
-from stages.lib.report.gallery import gallery_entries, side_by_side
+from stages.lib.report.gallery import as_markdown, gallery_entries
 from stages.lib.run.artefacts import atomic_path, read_parquet, round_floats, write_json, write_parquet
 from stages.lib.run.draws import draw, seed_of
 from stages.lib.run.errors import UserError
@@ -115,7 +115,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     )
     write_json(root / REPORTS / "samples.json", samples)
     with atomic_path(root / REPORTS / "samples.md") as partial:
-        partial.write_text(side_by_side(samples), encoding="utf-8")
+        partial.write_text(as_markdown(samples), encoding="utf-8")
     metrics = {"heldout_prompts": len(heldout), "eval_prompts": len(measured) - len(heldout)}
     metrics |= {"judge_prompts": len(judged), "max_new_tokens": params.max_new_tokens}
     metrics["temperature"] = params.temperature

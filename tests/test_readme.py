@@ -12,7 +12,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests.conftest import REPO
-from tests.support.readme_blocks import blocks, with_blocks
+from tests.support.example_reports import write_example_reports
+from tests.support.readme_blocks import blocks, scorecard, with_blocks
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
 LINES = README.splitlines()
@@ -102,6 +103,12 @@ def test_every_stage_recipe_and_file_it_names_is_there():
         missing += [path for path in pictures if not ((REPO / file).parent / path).exists()]
         assert not missing, f"{file} names {missing}"
     assert len(re.findall(r"!\[", README)) >= 2
+
+
+def test_the_share_of_answers_with_emoji_stands_for_their_mean_number_where_it_was_measured(tmp_path):
+    reports = write_example_reports(tmp_path)
+    card = scorecard(lambda path: (reports / path).read_text(encoding="utf-8"), "reports")
+    assert "| has an emoji | 50 % [30, 70] |" in card and "| emoji |" not in card
 
 
 def test_it_is_short():

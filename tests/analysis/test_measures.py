@@ -55,8 +55,14 @@ def test_measures_of_two_answers():
         "exclamations": [3, 0],
         "ended": [1, 0],
         "asks_back": [1, 0],
+        "has_emoji": [1, 0],
         "disclaimer": [0, 1],
     }
+
+
+def test_a_string_of_emoji_in_one_answer_is_a_high_mean_and_a_small_share():
+    table = answers(["🎉" * 40, "none", "none", "none"])
+    assert level(table, "emoji", HOW).mean == 10 and level(table, "has_emoji", HOW).mean == 0.25
 
 
 def test_the_kl_of_greedy_answers_is_not_defined_and_so_is_what_data_does_not_have():

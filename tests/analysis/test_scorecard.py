@@ -34,10 +34,10 @@ def test_every_model_and_decoding_has_its_measures():
     assert table.index.is_unique
     count = rows.groupby(["model", "decoding"]).size()
     assert (
-        count["base", "sampled"] == 13 and count["base", "greedy"] == 10
+        count["base", "sampled"] == 14 and count["base", "greedy"] == 11
     )  # greedy: no KL, no entropy, no objective
-    assert count["dpo", "sampled"] == 16 and count["dpo", "greedy"] == 13  # and three win rates
-    assert count["chosen", "data"] == 12  # nor log-probs under the base
+    assert count["dpo", "sampled"] == 17 and count["dpo", "greedy"] == 14  # and three win rates
+    assert count["chosen", "data"] == 13  # nor log-probs under the base
     dpo = table.loc[("dpo", "sampled")]
     assert dpo.loc["tokens", ["mean", "change", "change_low", "change_high"]].tolist() == [7.5, 1, 1, 1]
     assert dpo.loc["win_rate", "mean"] == 1 and dpo.loc["win_rate", "low"] == pytest.approx(

@@ -12,7 +12,7 @@ import pandas as pd
 REPO = Path(__file__).resolve().parents[2]
 MODELS = ("base", "dpo", "ppo")
 MEASURES = ("score", "kl", "rep_4", "tokens", "entropy", "base_logp_per_token", "emoji", "exclamations", "ended")
-MEASURES += ("objective", "asks_back", "disclaimer", "distinct_2", "win_rate", "win_rate_lc")
+MEASURES += ("objective", "has_emoji", "asks_back", "disclaimer", "distinct_2", "win_rate", "win_rate_lc")
 MEASURES += ("win_rate_same_end",)
 GROUPS = ("train_chosen", "train_rejected", "heldout_chosen", "heldout_rejected", "unseen")
 RANKERS = {"emoji": 1.0, "apostrophes": 0.99, "length_in_words": 0.93, "no_ai_phrase": 0.8, "base_log_prob": 0.4}

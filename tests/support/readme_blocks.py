@@ -27,6 +27,7 @@ ROWS = (  # measure, decoding, label, digits, as a percentage
     ("rep_4", "sampled", "repeated 4-grams, sampled answers", 3, False),
     ("tokens", "sampled", "tokens (at most {limit})", 0, False),
     ("ended", "sampled", "ended by itself", 0, True),
+    ("has_emoji", "sampled", "has an emoji", 0, True),
     ("emoji", "sampled", "emoji", 2, False),
     ("asks_back", "sampled", "asks back", 0, True),
 )
@@ -111,6 +112,8 @@ def scorecard(read: Read, reports: str) -> str:
             row = found.get((model, "data" if model == "chosen" and decoding == "sampled" else decoding, measure))
             cells.append(cell(row, digits, as_percentage) if row else "")
         if not any(cells):  # a measure that is newer than these reports
+            continue
+        if measure == "emoji" and ("base", "sampled", "has_emoji") in found:  # which tells more in one row
             continue
         lines.append(f"| {label.format(limit=limit)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

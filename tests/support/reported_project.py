@@ -40,6 +40,7 @@ MEASURES = {  # measure: base, dpo, ppo, the preferred answers
     "rep_4": (0.01, 0.02, 0.01, 0.0),
     "entropy": (1.5, 1.1, 1.4, None),
     "emoji": (0.03, 1.84, 0.42, 1.7),
+    "has_emoji": (0.02, 0.81, 0.31, 0.95),
     "exclamations": (0.41, 0.77, 1.25, 1.1),
     "asks_back": (0.19, 0.81, 0.53, 0.8),
     "disclaimer": (0.28, 0.0, 0.09, 0.0),

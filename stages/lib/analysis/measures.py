@@ -56,6 +56,8 @@ SHARES: dict[str, Measure] = {
     "ended": lambda answers: answers["ended"],
     # has a question mark
     "asks_back": lambda answers: answers["text"].map(count_questions) > 0,
+    # has an emoji: the mean number is high, too, where a few answers hold dozens
+    "has_emoji": lambda answers: answers["text"].map(count_emoji) > 0,
     # has an "as an AI" phrase
     "disclaimer": lambda answers: answers["text"].map(has_ai_phrase),
 }

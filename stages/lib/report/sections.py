@@ -59,6 +59,7 @@ MEASURES = {  # of scorecard.csv: decoding, label, digits, as a percentage
     "distinct_2": ("sampled", "Distinct 2-grams over answers", 2, False),
     "entropy": ("sampled", "Entropy (nats per token)", 2, False),
     "base_logp_per_token": ("sampled", "Log-prob per token under the base (nats)", 2, False),
+    "has_emoji": ("sampled", "Has an emoji", 0, True),
     "emoji": ("sampled", "Emoji per answer", 2, False),
     "exclamations": ("sampled", "Exclamation marks per answer", 2, False),
     "asks_back": ("sampled", "Has a question", 0, True),
