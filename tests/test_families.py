@@ -101,10 +101,14 @@ def set_params(root: Path, changes: dict[str, Any]) -> None:
         yaml.dump(params, file)
 
 
-def run(root: Path, *stages: str, **changes: Any) -> None:
+def run(root: Path, *stages: str, **changes: Any) -> dict[str, Any]:
+    """Runs the stages with these changes: what the last one says of its run."""
     set_params(root, {key.replace("__", "."): value for key, value in changes.items()})
+    facts = {}
     for stage in stages:
-        importlib.import_module(f"stages.{stage}").main(BASE, load_params(stage, class_of(stage), root), root)
+        params = load_params(stage, class_of(stage), root)
+        facts = importlib.import_module(f"stages.{stage}").main(BASE, params, root)
+    return facts
 
 
 DATA = ("fetch_base", "fetch_pairs", "corrupt_answers", "tokenize_pairs")
@@ -162,6 +166,7 @@ def test_a_family_runs_through_every_stage(tmp_path, tokenizer, family):
     assert changed(root, "reward") == 0 and (root / "models/ppo/adapter").is_dir()
     run(root, "train_reward", train_reward__backbone="lora", train_reward__hard_negatives=False)
     assert changed(root, "reward") > 0
+    assert run(root, "train_ppo")["shared_backbone"]
     run(root, "train_ppo", "train_dpo", lora__rank=None, train_reward__backbone="frozen")
     run(root, "train_reward", "train_judge", "train_ppo", "sample_responses", "score_responses")
     assert changed(root, "reward") == 0 and changed(root, "dpo") > 0
