@@ -58,8 +58,8 @@ def _memorising(base: Estimates, model: Estimates) -> str:
 def _displacement(dpo: Estimates) -> str:
     return (
         f"The chosen answer itself became less likely in {percent(dpo['displaced_train'])} of training pairs and "
-        f"{percent(dpo['displaced_heldout'])} of held-out pairs (likelihood displacement): DPO needs only the "
-        "distance to the rejected answer to grow."
+        f"{percent(dpo['displaced_heldout'])} of held-out pairs. DPO allows that (likelihood displacement): it "
+        "needs only the distance to the rejected answer to grow."
     )
 
 

@@ -230,9 +230,9 @@ def frontier(points: pd.DataFrame) -> bytes:
                         axes.annotate(
                             f"{point['step']:.0f}",
                             (point["sqrt_kl"], point[measure]),
-                            xytext=(0, 6),
+                            xytext=(-4, 5),  # beside its bar, which would strike it through
                             textcoords="offset points",
-                            ha="center",
+                            ha="right",
                             fontsize=8.5,
                             color=colour,
                         )
@@ -290,7 +290,7 @@ def scores(pairs: pd.DataFrame, answers: pd.DataFrame) -> bytes:
                 )
             axes.set(title=title, ylim=(0, None))
             axes.set_xlabel("reward-model score", labelpad=4)
-            axes.tick_params(axis="x", pad=28 if len(series) > 2 else 21)
+            axes.tick_params(axis="x", pad=28)  # below three rows of ticks
             axes.yaxis.set_major_locator(MaxNLocator(3))
             axes.legend(loc="upper left", bbox_to_anchor=(0, 1))
             axes.set_ylim(0, axes.get_ylim()[1] * 1.35)

@@ -50,7 +50,7 @@ MEASURES = {  # of scorecard.csv: decoding, label, digits, as a percentage
     "win_rate_lc": ("sampled", "The same at equal length", 0, True),
     "win_rate_same_end": ("sampled", "The same where both ended or both were cut", 0, True),
     "score": ("sampled", "Reward-model score", 2, False),
-    "objective": ("sampled", "PPO’s objective", 2, False),
+    "objective": ("sampled", "PPO’s objective: score less penalties", 2, False),
     "kl": ("sampled", "KL to the base (nats per answer)", 1, False),
     "rep_4": ("sampled", "Repeated 4-grams within an answer", 2, False),
     "greedy rep_4": ("greedy", "The same of greedy answers", 2, False),
