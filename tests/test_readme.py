@@ -61,7 +61,7 @@ def test_no_accuracy_stands_before_the_verdict():
 
 def test_what_it_says_is_not_reached_is_not():
     card = metrics("score_responses")
-    assert "neither model ends as many answers as the data do, or has their\nemoji" in README
+    assert "**Not reached**: as many answers that end, and emoji, as the data have\n" in README
     for model in ("dpo", "ppo"):
         for measure in ("ended", "emoji"):
             assert card[model][measure] < card["preferred"][measure][0]
