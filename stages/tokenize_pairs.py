@@ -16,6 +16,7 @@ Run     dvc repro tokenize_pairs                          (untracked: python -m 
 """
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +31,7 @@ from stages.lib.data.rows import read_places
 from stages.lib.data.sizes import too_few_for_the_judge
 from stages.lib.data.token_tables import (
     Ids,
+    Row,
     corrupted_rows,
     count_cuts,
     length_statistics,
@@ -112,18 +114,9 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         )
         dropped += faults
 
-    # what the models see of two pairs may be the same, or the opposite; of the same, the held-out one stays
-    alike = [pair for name in ("heldout", "judge", "train") for pair in zip(rows[name], ids[name], strict=True)]
-    opposite = contradictions(alike, tokenizer.eos_token_id)
-    if on_bad_row == "error":
-        require_no_contradiction(opposite, where_of["train"])
-    lost = {"contradiction_after_cut": opposite.keys(), "repeated_after_cut": repetitions(alike) - opposite.keys()}
-    gone = {number for numbers in lost.values() for number in numbers}
-    dropped += Counter({reason: len(numbers) for reason, numbers in lost.items()})
-    for reason, numbers in lost.items():
-        if numbers:
-            first = where_of["train"](min(numbers))
-            print(f"dropped {len(numbers)} rows ({reason}), the first: {first}")
+    alike = alike_rows(rows, ids, tokenizer.eos_token_id, where_of["train"], on_bad_row)
+    dropped += Counter({reason: len(numbers) for reason, numbers in alike.items()})
+    gone = {number for numbers in alike.values() for number in numbers}
     for name in PAIRS if gone else ():
         left = [place for place, row in enumerate(rows[name]) if row["row"] not in gone]
         require(
@@ -193,6 +186,34 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     print("wrote reports/tokenize_pairs/metrics.json")
     tables = [*ids.values(), *(table for _, table in usable.values())]
     return {"tokens": sum(len(column) for table in tables for row in table for column in row.values())}
+
+
+def alike_rows(
+    rows: dict[str, list[Row]],
+    ids: dict[str, list[Ids]],
+    eos_token_id: int,
+    where: Callable[[int], str],
+    on_bad_row: str,
+) -> dict[str, set[int]]:
+    """By reason, the rows of pairs that contradict or repeat another in what the models see of them.
+
+    Of pairs that are the same the first stays, a held-out one before the judge's before one to train on.
+
+    Args:
+        where: the place of a row's number in its source.
+
+    Raises:
+        UserError: a contradiction under 'error'.
+    """
+    pairs = [pair for name in ("heldout", "judge", "train") for pair in zip(rows[name], ids[name], strict=True)]
+    opposite = contradictions(pairs, eos_token_id)
+    if on_bad_row == "error":
+        require_no_contradiction(opposite, where)
+    found = {"contradiction_after_cut": set(opposite), "repeated_after_cut": repetitions(pairs) - opposite.keys()}
+    for reason, numbers in found.items():
+        if numbers:
+            print(f"dropped {len(numbers)} rows ({reason}), the first: {where(min(numbers))}")
+    return found
 
 
 def check_positions(params: Params, root: Path) -> None:

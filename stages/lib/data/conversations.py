@@ -22,6 +22,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -294,8 +295,11 @@ def _wrapper(value: dict[str, Any]) -> str | None:
 def _literal(text: str) -> Any:
     """The list, object or string that a text of JSON or of Python is; None if it is neither."""
     text = text.strip()
-    if not text.startswith(("[", "{", '"')):
-        return None
+    return _parsed(text) if text.startswith(("[", "{", '"')) else None
+
+
+@lru_cache(maxsize=16)  # a row's few texts are asked about several times; nobody changes what they are
+def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
