@@ -24,6 +24,7 @@ LIKE_STOCK = {
     "learning_rate": 3e-6,
     "schedule": "linear",
     "warmup_updates": 0,
+    "adam_beta1": 0.9,
     "temperature": 0.7,
     "kl_coef": 0.05,
     "kl_target": None,

@@ -8,7 +8,8 @@ Reads   models/base, models/dpo, models/ppo
 Writes  data/answers.parquet                    model, decoding, prompt_id, split, response_ids, text, ended; logp
                                                 and entropy of the trained models
         data/base_answers.parquet               several sampled answers of the base to one prompt: to a few held-out
-                                                ones for the best of n, to the judge's as the courses' opponents
+                                                ones for the best of n; and as opponents of the trained models'
+                                                answers, to every prompt measured and to the judge's
         reports/sample_responses/samples.json   the first prompts and their six answers
         reports/sample_responses/samples.md     the same, to read
         reports/sample_responses/metrics.json   counts, limits, and how long answers are
@@ -45,8 +46,8 @@ from stages.lib.run.stage import run_stage
 
 FIRST_PROMPT = "What's your morning routine like?"
 CANDIDATES = 17  # answers of the base to each best-of-n prompt: one more than the largest n, as its opponent
-OPPONENTS = 2  # answers of the base to each prompt that training looked at
-BATCH_SIZE = 96
+COURSE_OPPONENTS = 2  # answers of the base to each prompt that training looked at
+BATCH_SIZE = 192
 MICRO_BATCH_TOKENS = 4096
 REPORTS = Path("reports/sample_responses")
 
@@ -54,6 +55,7 @@ REPORTS = Path("reports/sample_responses")
 class Params(Section):
     max_new_tokens: int = Field(ge=1)  # of every answer that is measured
     temperature: float = Field(gt=0)
+    opponents: int = Field(ge=1)  # the base's answers to each prompt, with which a sampled one is compared
     best_of_n_prompts: int = Field(ge=1)  # held-out prompts that the base answers 17 times
     gallery_prompts: int = Field(ge=1)  # held-out prompts shown, after the first, fixed one
     first_max_new_tokens: int = Field(ge=1)  # for the first prompt, always answered in full
@@ -73,7 +75,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     asked = [heldout.assign(**greedy), measured.assign(**sampled)]
     asked += [first.assign(decoding="greedy"), first.assign(decoding="sampled")]
     few = heldout.iloc[draw(len(heldout), params.best_of_n_prompts, base.seed, "best of n")]
-    several = [repeated(few, CANDIDATES, "best of n"), repeated(judged, OPPONENTS, "opponent")]
+    several = [repeated(few, CANDIDATES, "best of n"), repeated(judged, COURSE_OPPONENTS, "opponent")]
+    several += [repeated(measured, params.opponents - 1, "opponent")]  # the measured answer is one of them
     of_all, of_base = (pd.concat(tables, ignore_index=True) for tables in (asked, asked + several))
     longest = max(params.max_new_tokens, params.first_max_new_tokens)
     numbers = torch.Generator().manual_seed(seed_of(base.seed, "answers"))

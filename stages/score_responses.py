@@ -95,7 +95,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
 
     # 2. the scorecard and the verdicts
     answers["objective"] = objective(answers, ppo)
-    rows = round_floats(scorecard(answers, how))
+    opponents = several[several["use"] == "opponent"]
+    rows = round_floats(scorecard(answers, opponents, how))
     ranges = preferred_ranges(answers, how)
     card = pd.DataFrame(rows)
     verdicts = {model: verdict(card, model, ranges) for model in TRAINED}
@@ -219,7 +220,9 @@ def frontier_of(
     opponents = several[several["use"] == "opponent"]
     sampled = answers[answers["decoding"] == "sampled"]
     own = {model: sampled[sampled["model"] == model] for model in MODELS}
-    points = [frontier.final(MODELS[model], table, own["base"], how) for model, table in own.items()]
+    points = [
+        frontier.final(MODELS[model], table, own["base"], opponents, how) for model, table in own.items()
+    ]
     for model, looks in courses.items():
         points += frontier.course(f"{MODELS[model]}'s course", looks, opponents, from_base[model], how)
     candidates = several[several["use"] == "best of n"]

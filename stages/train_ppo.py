@@ -70,6 +70,7 @@ class Params(Section):
     learning_rate: float = Field(gt=0)  # of the policy, peak
     schedule: Literal["constant", "linear", "cosine"]  # of the learning rate, after warm-up
     warmup_updates: int = Field(ge=0)
+    adam_beta1: float = Field(ge=0, lt=1)  # memory of AdamW's mean gradient; 0: every episode counts alike
     response_length: int = Field(gt=0)  # tokens, at most
     temperature: float = Field(gt=0)  # of sampling
     kl_coef: float = Field(ge=0)  # price of one nat of KL to the reference, per token
@@ -176,6 +177,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     dial = memory_dial(params.micro_batch_tokens, on_cpu, policy.model, "train_ppo", training=True)
     schedule = params.schedule, params.warmup_updates, params.num_updates
     learner = Learner(policy, accelerator, dial, params.learning_rate, schedule, params.max_grad_norm)
+    learner.optimizer.param_groups[0]["betas"] = params.adam_beta1, 0.999
     trained = TrainedWeights(policy.model)
     actor = Actor(policy, tokenizer, accelerator, precision, params.response_length, frozen.dial)
     phases = Phases(accelerator.device)

@@ -16,7 +16,9 @@ from stages.sample_responses import FIRST_PROMPT, Params, main
 from tests.support import short_of_memory
 
 BASE = Base(seed=7, precision="fp32")
-PARAMS = Params(max_new_tokens=6, temperature=0.7, best_of_n_prompts=2, gallery_prompts=4, first_max_new_tokens=20)
+PARAMS = Params(
+    max_new_tokens=6, temperature=0.7, opponents=3, best_of_n_prompts=2, gallery_prompts=4, first_max_new_tokens=20
+)
 PROMPTS = {
     "heldout": [
         "Why | is\nthe sky blue?",
@@ -75,7 +77,8 @@ def test_who_answers_what(root):
     several = pd.DataFrame(read_parquet(root / "data/base_answers.parquet"))
     asked = several.groupby(["use", "prompt_id"])["candidate"].agg(list)
     assert asked["best of n"].tolist() == [list(range(17))] * 2
-    assert asked["opponent"].to_dict() == {prompt_id: [0, 1] for prompt_id in LOOKED_AT}
+    measured = list(range(8))  # whose answer is itself the first of three
+    assert asked["opponent"].to_dict() == {prompt_id: [0, 1] for prompt_id in [*measured, *LOOKED_AT]}
     few = several[several["candidate"] < 2]["response_ids"].map(tuple)
     assert few.nunique() == len(few)  # each has random numbers of its own
 

@@ -72,7 +72,7 @@ def root(tokenizer, tmp_path_factory):
                 of_own = {"logp": -9.0 + number, "entropy": 1.0} if number else {"logp": None, "entropy": None}
                 rows.append(row | of_own)
     write_parquet(root / "data/answers.parquet", {name: [row[name] for row in rows] for name in rows[0]})
-    several = {"best of n": ((1, 3), 17), "opponent": (PROMPTS["judge"], 4)}
+    several = {"best of n": ((1, 3), 17), "opponent": ((*PROMPTS["heldout"], *PROMPTS["judge"]), 4)}
     rows = [answer(k, i) | {"use": use} for use, (asked, n) in several.items() for i in asked for k in range(n)]
     rows = [row | {"candidate": k % 17, "split": "any"} for k, row in enumerate(rows)]
     write_parquet(root / "data/base_answers.parquet", {name: [row[name] for row in rows] for name in rows[0]})

@@ -44,6 +44,7 @@ PARAMS = Params(
     learning_rate=1e-3,
     schedule="linear",
     warmup_updates=0,
+    adam_beta1=0.0,
     response_length=12,
     temperature=0.7,
     kl_coef=0.05,
@@ -318,6 +319,19 @@ def test_value_warm_up_leaves_the_policy_alone(root):
         assert [row["policy/steps"] for row in rows] == [0, 0, 4]
         assert [row["val/ratio"] for row in rows[:2]] == [1, 1]
         assert abs(rows[1]["objective/kl"]) < 1e-5
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_the_optimizer_remembers_as_much_as_is_asked_for(root, monkeypatch, beta1):
+    update, betas = train_ppo.update_policy, []
+
+    def watched(policy, *args):
+        betas.extend(group["betas"] for group in policy.optimizer.param_groups)
+        return update(policy, *args)
+
+    monkeypatch.setattr(train_ppo, "update_policy", watched)
+    run(root, PARAMS.replace(adam_beta1=beta1))
+    assert betas == [(beta1, 0.999)] * 3
 
 
 def test_without_a_critic_there_is_nothing_to_warm_up(root):

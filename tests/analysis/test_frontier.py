@@ -107,8 +107,8 @@ def test_a_finished_model_gains_over_the_base_on_the_same_prompts():
     columns = {"prompt_id": [1, 2, 3], "score": [1.0, 5.0, 9.0], "judge": 0.0, "decoding": "sampled"}
     base = pd.DataFrame(columns).assign(logp=-5.0, base_logp=-5.0)
     other = base.iloc[::-1].assign(score=[10.0, 6.0, 5.0], judge=1.0, logp=-3.0)  # of prompts 3, 2, 1
-    found = frontier.final("DPO", other, base, HOW)
+    found = frontier.final("DPO", other, base, base[:0], HOW)
     assert (found["score"], found["score_gain"], found["prompts"], found["kl"]) == (7.0, 2.0, 3, 2.0)
     assert 1 <= found["score_gain_low"] <= 2 <= found["score_gain_high"] <= 4  # gains of 1, 1 and 4
-    itself = frontier.final("Base", base, base, HOW)
+    itself = frontier.final("Base", base, base, base[:0], HOW)
     assert (itself["score_gain"], itself["score_gain_low"], itself["score"]) == (0, None, 5.0)

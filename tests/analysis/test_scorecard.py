@@ -29,7 +29,7 @@ def one_of_each(count: int = 6) -> pd.DataFrame:
 
 
 def test_every_model_and_decoding_has_its_measures():
-    rows = pd.DataFrame(scorecard(one_of_each(), HOW))
+    rows = pd.DataFrame(scorecard(one_of_each(), answers([])[:0], HOW))
     table = rows.set_index(["model", "decoding", "measure"]).sort_index()
     assert table.index.is_unique
     count = rows.groupby(["model", "decoding"]).size()
@@ -68,3 +68,15 @@ def test_the_win_rate_among_answers_of_the_same_end():
         (exact.low, exact.high)
     )
     assert preferences(model.assign(ended=True), base.assign(ended=False), 0.95)["win_rate_same_end"] is None
+
+
+def test_every_sampled_answer_meets_all_of_the_bases():
+    """Six prompts, three more answers of the base to each, of which the judge likes one better than all others."""
+    found = one_of_each()
+    base = found[(found["model"] == "base") & (found["decoding"] == "sampled")]
+    further = pd.concat([base.assign(judge=judge) for judge in (9.0, 0.0, 0.0)])
+    table = pd.DataFrame(scorecard(found, further, HOW)).set_index(["model", "decoding", "measure"])["mean"]
+    assert table["dpo", "sampled", "win_rate"] == 3 / 4
+    assert table["dpo", "greedy", "win_rate"] == 1  # against the one greedy answer
+    assert table["chosen", "data", "win_rate"] == (2.5 + 0 + 3.5 + 3.5) / 16  # scored 0 to 3: a tie with 0 twice
+    assert table["base", "sampled", "score"] == base["score"].mean()  # only opponents

@@ -150,7 +150,7 @@ def recorded(judge: dict[str, float]) -> pd.DataFrame:
 def test_the_old_default_is_broken_whatever_the_judge_says(judge):
     how = Resampling(samples=1000, confidence=0.95, seed=42)
     answers = recorded(judge)
-    found = verdict(pd.DataFrame(scorecard(answers, how)), "dpo", preferred_ranges(answers, how))
+    found = verdict(pd.DataFrame(scorecard(answers, answers[:0], how)), "dpo", preferred_ranges(answers, how))
     assert found.word == "broken"
     assert "greedy answers loop" in found.reasons[0]
 
@@ -177,5 +177,5 @@ def test_a_model_that_is_the_base_shows_no_difference_in_95_percent(repeats, err
                 noise = {name: rng.normal(size=64) for name in ("score", "judge")}
                 noise |= {"logp": rng.normal(-90, 2, 64), "entropy": rng.normal(1.5, 0.3, 64)}
                 parts.append(drawn.assign(model=model, prompt_id=range(64), **noise))
-        words.append(verdict(pd.DataFrame(scorecard(pd.concat(parts), how)), "dpo", ranges).word)
+        words.append(verdict(pd.DataFrame(scorecard(pd.concat(parts), answers[:0], how)), "dpo", ranges).word)
     assert repeats - words.count("no difference found") <= errors, words

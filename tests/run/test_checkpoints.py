@@ -80,6 +80,7 @@ PPO = train_ppo.Params(
     learning_rate=1e-3,
     schedule="linear",
     warmup_updates=1,
+    adam_beta1=0.5,
     value_learning_rate=1e-3,
     response_length=8,
     temperature=0.7,

@@ -15,7 +15,8 @@ import pandas as pd
 
 from stages.lib.analysis.measures import values_of
 from stages.lib.analysis.names import MODELS
-from stages.lib.analysis.preference import win_rate, wins
+from stages.lib.analysis.preference import wins
+from stages.lib.analysis.scorecard import preferences
 from stages.lib.analysis.stats import Interval, Resampling, mean_interval
 
 BEST_OF = (1, 2, 4, 8, 16)
@@ -33,10 +34,17 @@ def row(
     return point | score.as_metrics("score") | score_gain.as_metrics("score_gain") | won.as_metrics("win_rate")
 
 
-def final(series: str, answers: pd.DataFrame, base: pd.DataFrame, how: Resampling) -> dict:
-    """A finished model's sampled answers, beside the base's to the same prompts; the base itself wins half, gains 0."""
+def final(
+    series: str, answers: pd.DataFrame, base: pd.DataFrame, opponents: pd.DataFrame, how: Resampling
+) -> dict:
+    """A finished model's sampled answers, beside the base's to the same prompts; the base itself wins half, gains 0.
+
+    Args:
+        base: one answer to each prompt, of the same random numbers: over it the score is gained.
+        opponents: the base's further answers: against these and that one the judge compares.
+    """
     both = answers.merge(base, on="prompt_id", suffixes=("", "_base"), validate="one_to_one")
-    won = win_rate(wins(both["judge"], both["judge_base"]), how.confidence)
+    won = preferences(answers, pd.concat([base, opponents], ignore_index=True), how.confidence)["win_rate"]
     kl = float(cast(np.ndarray, values_of(answers, "kl")).mean())
     score = mean_interval(answers["score"], None, **vars(how))
     gain = mean_interval(both["score"] - both["score_base"], None, **vars(how))

@@ -58,8 +58,8 @@ def tally(
     first, second, difference = first[both], second[both], np.asarray(length_difference, float)[both]
     won = (first + second) / 2
     return {
-        "win_rate": win_rate(won, confidence),
-        "win_rate_lc": length_controlled_win_rate(won, difference, confidence),
+        "win_rate": win_rate(won, None, confidence),
+        "win_rate_lc": length_controlled_win_rate(won, difference, None, confidence),
         "prefers_first": share_interval((first + 1 - second) / 2, None, confidence),
         "consistent": share_interval((first == second).astype(float), None, confidence),
     }

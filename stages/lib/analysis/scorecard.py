@@ -15,17 +15,19 @@ RANGE = (5.0, 95.0)  # percentiles of the preferred answers' mean over resampled
 RANGED = ("tokens", "emoji", "ended")
 
 
-def scorecard(answers: pd.DataFrame, how: Resampling) -> list[dict]:
+def scorecard(answers: pd.DataFrame, opponents: pd.DataFrame, how: Resampling) -> list[dict]:
     """Rows of model, decoding, measure, mean, low, high, change, change_low, change_high.
 
     The measures of measures.py, and how often the judge prefers the answer to the base's of the same decoding (of
     the preferred answers: to its sampled ones): win_rate as it is, win_rate_lc at equal length, win_rate_same_end
-    over the prompts where both ended by themselves or both were cut; without a row where no prompt is such. Empty
+    over the comparisons where both ended by themselves or both were cut; without a row where none is such. Empty
     are the changes of the base and of the preferred answers, and the ends of an interval where one prompt allows none.
 
     Args:
         answers: a row per answer as in measures.py, at most one per model, decoding and prompt; the base's among
             them for every prompt that another model answered in that decoding.
+        opponents: further sampled answers of the base to these prompts, any number of rows; each sampled answer is
+            compared with them too.
     """
     groups = {
         cast(tuple[str, str], key): group.sort_values("prompt_id", ignore_index=True)
@@ -34,6 +36,7 @@ def scorecard(answers: pd.DataFrame, how: Resampling) -> list[dict]:
     rows = []
     for (model, decoding), group in groups.items():
         base = groups["base", "sampled" if model == CHOSEN else decoding]
+        against = base if decoding == "greedy" else pd.concat([base, opponents], ignore_index=True)
         for measure in (*MEANS, *SHARES, DISTINCT):
             if (found := level(group, measure, how)) is None:
                 continue
@@ -42,26 +45,27 @@ def scorecard(answers: pd.DataFrame, how: Resampling) -> list[dict]:
         if model != "base":
             rows += [
                 _row(model, decoding, measure, found)
-                for measure, found in preferences(group, base, how.confidence).items()
+                for measure, found in preferences(group, against, how.confidence).items()
                 if found is not None
             ]
     return rows
 
 
 def preferences(answers: pd.DataFrame, base: pd.DataFrame, confidence: float) -> dict[str, Interval | None]:
-    """win_rate, win_rate_lc and win_rate_same_end of answers over the base's to the same prompts.
+    """win_rate, win_rate_lc and win_rate_same_end of answers over the base's, one or more, to the same prompts.
 
     The judge prefers an answer that ended to one that was cut; the last of the three leaves that out. It is None
     where no prompt has two answers of the same end.
     """
-    both = answers.merge(base, on="prompt_id", suffixes=("", "_base"), validate="one_to_one")
+    both = answers.merge(base, on="prompt_id", suffixes=("", "_base"), validate="one_to_many")
+    prompts = both["prompt_id"].to_numpy()
     won = wins(both["judge"], both["judge_base"])
     longer = both["response_ids"].map(len) - both["response_ids_base"].map(len)
     same_end = (both["ended"] == both["ended_base"]).to_numpy()
     return {
-        "win_rate": win_rate(won, confidence),
-        "win_rate_lc": length_controlled_win_rate(won, longer, confidence),
-        "win_rate_same_end": win_rate(won[same_end], confidence) if same_end.any() else None,
+        "win_rate": win_rate(won, prompts, confidence),
+        "win_rate_lc": length_controlled_win_rate(won, longer, prompts, confidence),
+        "win_rate_same_end": win_rate(won[same_end], prompts[same_end], confidence) if same_end.any() else None,
     }
 
 

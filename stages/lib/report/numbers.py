@@ -104,8 +104,8 @@ def forests(files: ReportFiles) -> list[Forest]:
         ),
         Forest(
             "Are the answers better than the base’s?",
-            "Share of prompts on which the judge, which took no part in training, prefers the model's sampled "
-            "answer; 0.5 is no preference.",
+            "How often the judge, which took no part in training, prefers the model's sampled answer to the base's; "
+            "0.5 is no preference.",
             [
                 Estimate(f"{MODELS[model]}{label}", scored(files, model, measure))
                 for model in ("dpo", "ppo")

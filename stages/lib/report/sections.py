@@ -125,7 +125,8 @@ def setup(files: ReportFiles, params: dict[str, Any]) -> list[tuple[str, str]]:
             f"logistic regression (C {strength:g}) on the base’s mean hidden state after layer {layer}, both chosen by "
             f"cross-validation (right in {percentages(cv_accuracy)}, the mean over kinds of pairs), fitted on "
             f"{_times(judge_pairs, 'pair')} of its own and {judge_copies:,} with corrupted or shortened copies; "
-            f"right in {percentages(heldout_accuracy)} of the held-out pairs",
+            f"right in {percentages(heldout_accuracy)} of the held-out pairs; it compares a sampled answer with "
+            f"{params['sample_responses']['opponents']} of the base’s to the same prompt",
         ),
         (
             "PPO",
