@@ -220,9 +220,7 @@ def frontier_of(
     opponents = several[several["use"] == "opponent"]
     sampled = answers[answers["decoding"] == "sampled"]
     own = {model: sampled[sampled["model"] == model] for model in MODELS}
-    points = [
-        frontier.final(MODELS[model], table, own["base"], opponents, how) for model, table in own.items()
-    ]
+    points = [frontier.final(MODELS[model], table, own["base"], opponents, how) for model, table in own.items()]
     for model, looks in courses.items():
         points += frontier.course(f"{MODELS[model]}'s course", looks, opponents, from_base[model], how)
     candidates = several[several["use"] == "best of n"]

@@ -110,5 +110,8 @@ def test_a_finished_model_gains_over_the_base_on_the_same_prompts():
     found = frontier.final("DPO", other, base, base[:0], HOW)
     assert (found["score"], found["score_gain"], found["prompts"], found["kl"]) == (7.0, 2.0, 3, 2.0)
     assert 1 <= found["score_gain_low"] <= 2 <= found["score_gain_high"] <= 4  # gains of 1, 1 and 4
+    assert found["win_rate"] == 1
+    stronger = frontier.final("DPO", other, base, base.assign(judge=9.0), HOW)  # a second answer to each prompt
+    assert (stronger["win_rate"], stronger["score_gain"]) == (0.5, 2.0)
     itself = frontier.final("Base", base, base, base[:0], HOW)
     assert (itself["score_gain"], itself["score_gain_low"], itself["score"]) == (0, None, 5.0)
