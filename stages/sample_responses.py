@@ -47,7 +47,7 @@ from stages.lib.run.stage import run_stage
 FIRST_PROMPT = "What's your morning routine like?"
 CANDIDATES = 17  # answers of the base to each best-of-n prompt: one more than the largest n, as its opponent
 COURSE_OPPONENTS = 2  # answers of the base to each prompt that training looked at
-BATCH_SIZE = 192
+BATCH_SIZE = 96
 MICRO_BATCH_TOKENS = 4096
 REPORTS = Path("reports/sample_responses")
 
