@@ -94,6 +94,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
 
 def test_one_comparison_has_no_interval_and_none_is_an_error():
     assert length_controlled_win_rate([1.0], [3.0], None, 0.95).low is None
+    assert length_controlled_win_rate([1.0, 0.0], [3.0, 1.0], [7, 7], 0.95).low is None  # of one prompt
     for call in (lambda: length_controlled_win_rate([], [], None, 0.95), lambda: win_rate([], None, 0.95)):
         with pytest.raises(ValueError):
             call()

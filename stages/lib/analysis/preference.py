@@ -89,7 +89,8 @@ def length_controlled_win_rate(
     x = np.tanh(difference / spread) if spread > 0 else np.zeros_like(difference)
     inputs = np.stack([np.ones(len(x) + 2), np.append(x, [1.0, -1.0])], axis=1)
     outcomes = np.append(won, [0.5, 0.5])
-    count_as = np.append(np.full(len(won), effective_comparisons(won, prompts, confidence) / len(won)), [1.0, 1.0])
+    count = effective_comparisons(won, prompts, confidence)
+    count_as = np.append(np.full(len(won), count / len(won)), [1.0, 1.0])
     weights = np.zeros(2)  # theta, phi
     for _ in range(STEPS):
         shares = _sigmoid(inputs @ weights)
@@ -103,7 +104,7 @@ def length_controlled_win_rate(
     theta, error = weights[0], math.sqrt(np.linalg.inv(information)[0, 0])
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     mean, low, high = _sigmoid(np.array([theta, theta - z * error, theta + z * error])).tolist()
-    return Interval(mean, low, high) if len(won) > 1 else Interval(mean, None, None)
+    return Interval(mean, low, high) if count > 1 else Interval(mean, None, None)
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
