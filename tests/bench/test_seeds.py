@@ -28,9 +28,9 @@ def test_the_committed_table_is_what_the_readmes_say_of_it():
     assert [(row["seed"], row["model"]) for row in rows] == [
         (s, m) for s in ("42", "1", "2") for m in ("dpo", "ppo")
     ]
-    # "DPO is better with all three", "PPO is better with two, and with the third no difference was found"
-    verdicts = {model: sorted(row["verdict"] for row in rows if row["model"] == model) for model in ("dpo", "ppo")}
-    assert verdicts == {"dpo": ["better"] * 3, "ppo": ["better", "better", "no difference found"]}
+    # "DPO and PPO are better with all three", "PPO's greedy answers loop more than the base's with seed 1"
+    assert {row["verdict"] for row in rows} == {"better"}
+    assert [row["seed"] for row in rows if float(row["greedy_rep_4_change"]) > 0.1] == ["1"]
     assert all(1.5 < float(row["kl"]) < 4.5 for row in rows)
     recipes = (REPO / "recipes/README.md").read_text(encoding="utf-8")
     for row in rows:
