@@ -12,7 +12,7 @@ from tests.conftest import REPO
 from tests.support.sections import class_of
 
 RECIPES = sorted((REPO / "recipes").glob("*.txt"))
-LINE = re.compile(r"-S ([a-z_]+)\.([a-z_.]+)=([^\s'\"#]+)")  # what xargs passes on unchanged
+LINE = re.compile(r"-S ([a-z_]+)\.([a-z0-9_.]+)=([^\s'\"#]+)")  # what xargs passes on unchanged
 
 
 def overrides(recipe):

@@ -65,7 +65,7 @@ STOCK_PYTHON = REPO / ".venv-trl112/bin/python"
 def specs_of(shapes, tiny_base, root):
     """A spec of every side, over the tiny model."""
     root.mkdir()
-    arguments = ["--batch-size", "4", "--updates", "2", "--response-length", "4", "--stock-python", sys.executable]
+    arguments = ["--batch-size", "8", "--updates", "2", "--response-length", "4", "--stock-python", sys.executable]
     options = bench_ppo.parse([*arguments, "--shapes", shapes])
     bench_ppo.prepare(tiny_base / "models/base", root, seed=1, count=12)
     settings = {name: getattr(options, name) for name in bench_ppo.SETTINGS}
@@ -79,7 +79,7 @@ def specs(tiny_base, tmp_path):
 
 
 def check(result):
-    assert result["episodes"] == 8 and len(result["kl"]) == 3 and result["seconds"] > 0
+    assert result["episodes"] == 16 and len(result["kl"]) == 3 and result["seconds"] > 0
     assert result["kl"][0] == pytest.approx(0, abs=0.05)
     assert 0 < sum(result["phase_seconds"].values()) <= result["seconds"] * 1.05
     assert result["peak_memory_mb"] > 0

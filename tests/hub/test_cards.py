@@ -280,7 +280,7 @@ def test_the_ppo_card_quotes_what_was_measured(root):
     (ended,) = [line for line in section(card, "Results").splitlines() if line.startswith("| Ended by itself |")]
     assert "**47" in ended and "[40, 54]**" in ended  # clearly more than the base's 34 %
     assert PPO_ANSWER in section(card, "Before and after")
-    assert "12 updates of 8 prompts each, 4 answers to a prompt, of at most 128 tokens" in section(
+    assert "12 updates of 8 prompts each, 8 answers to a prompt, of at most 128 tokens" in section(
         card, "Training"
     )
 
