@@ -95,14 +95,16 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
 
     # 2. the scorecard and the verdicts
     answers["objective"] = objective(answers, ppo)
-    opponents = several[several["use"] == "opponent"]
+    opponents, candidates = (several[several["use"] == use] for use in ("opponent", "best of n"))
     rows = round_floats(scorecard(answers, opponents, how))
     ranges = preferred_ranges(answers, how)
     card = pd.DataFrame(rows)
     verdicts = {model: verdict(card, model, ranges) for model in TRAINED}
 
     # 3. the frontier
-    points = frontier_of(answers, several, courses, {"dpo": True, "ppo": ppo["policy"] == "base"}, how)
+    points = frontier_of(
+        answers, opponents, candidates, courses, {"dpo": True, "ppo": ppo["policy"] == "base"}, how
+    )
 
     write_history(root / REPORTS / "scorecard.csv", rows)
     write_json(root / REPORTS / "verdicts.json", {model: vars(found) for model, found in verdicts.items()})
@@ -211,19 +213,23 @@ def objective(answers: pd.DataFrame, ppo: dict) -> pd.Series:
 
 def frontier_of(
     answers: pd.DataFrame,
-    several: pd.DataFrame,
+    opponents: pd.DataFrame,
+    candidates: pd.DataFrame,
     courses: dict[str, pd.DataFrame],
     from_base: dict[str, bool],
     how: Resampling,
 ) -> list[dict]:
-    """The points of the frontier: the models as they are, the courses of training, and the best of n."""
-    opponents = several[several["use"] == "opponent"]
+    """The points of the frontier: the models as they are, the courses of training, and the best of n.
+
+    Args:
+        opponents: the base's further answers to the prompts, with which the models' are compared.
+        candidates: its several answers to a few of them, of which the best of n is taken.
+    """
     sampled = answers[answers["decoding"] == "sampled"]
     own = {model: sampled[sampled["model"] == model] for model in MODELS}
     points = [frontier.final(MODELS[model], table, own["base"], opponents, how) for model, table in own.items()]
     for model, looks in courses.items():
         points += frontier.course(f"{MODELS[model]}'s course", looks, opponents, from_base[model], how)
-    candidates = several[several["use"] == "best of n"]
     values = [candidates.pivot(index="prompt_id", columns="candidate", values=name) for name in ("score", "judge")]
     return points + frontier.best_of_n(*(table.to_numpy() for table in values), how)
 
