@@ -31,7 +31,7 @@ from stages.lib.model.answer_means import answer_means
 from stages.lib.model.judge import Judge, fit_judge, save_judge
 from stages.lib.model.loading import freeze, load_causal_lm, pick_device, pick_precision
 from stages.lib.model.memory import memory_dial
-from stages.lib.model.ranked_right import ranked_right
+from stages.lib.model.ranked_right import ranked_right, shares_by_kind, told_by_kind
 from stages.lib.run.artefacts import read_parquet, round_floats, write_history, write_json
 from stages.lib.run.errors import UserError
 from stages.lib.run.params import Base, MicroBatchTokens, Section
@@ -118,7 +118,6 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
 
     # 4. held-out pairs, and corrupted copies of their chosen answers
     won = ranked_right(scores[heldout.better], scores[heldout.worse])
-    resisted = ranked_right(scores[corrupted.better], scores[corrupted.worse])
     metrics = {
         "pairs": int((kinds == PAIR).sum()),
         "corrupted": int((kinds != PAIR).sum()),
@@ -127,9 +126,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         "cv_accuracy": best["accuracy"],
         "cv_loss": best["loss"],
         "heldout": {"pairs": len(won), "accuracy": float(won.mean())},
-        "by_kind": {
-            str(kind): float(resisted[corrupted.kinds == kind].mean()) for kind in unique(corrupted.kinds)
-        },
+        "by_kind": shares_by_kind(scores[corrupted.better], scores[corrupted.worse], corrupted.kinds.tolist()),
         "kinds_never_met": [str(kind) for kind in unique(corrupted.kinds) if kind not in kinds],
     }
     rows = zip(heldout.rows, heldout.prompt_ids, scores[heldout.better], scores[heldout.worse], strict=True)
@@ -140,13 +137,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     write_history(root / REPORTS / "heldout_scores.csv", round_floats(table, 8))
     write_json(root / REPORTS / "metrics.json", round_floats(metrics))
     print(f"wrote models/judge: layer {best['layer']}, held-out accuracy {metrics['heldout']['accuracy']:.3f}")
-    shares = (f"{kind} {accuracy:.0%}" for kind, accuracy in metrics["by_kind"].items())
-    print("the answer over its held-out copy corrupted by each kind:", ", ".join(shares))
-    for kind, accuracy in metrics["by_kind"].items():
-        if accuracy < 0.5:
-            print(
-                f"warning: the judge prefers a corrupted copy ({kind}) to the answer in {1 - accuracy:.0%} of cases"
-            )
+    for line in told_by_kind("judge", metrics["by_kind"]):
+        print(line)
     tokens = sum(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
     return {"tokens": tokens, "device": device.type, "precision": precision}
 

@@ -176,8 +176,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     on_cpu = 1024 if adapted else 2048  # beside frozen weights, what a pass keeps is most of the memory
     dial = memory_dial(params.micro_batch_tokens, on_cpu, policy.model, "train_ppo", training=True)
     schedule = params.schedule, params.warmup_updates, params.num_updates
-    learner = Learner(policy, accelerator, dial, params.learning_rate, schedule, params.max_grad_norm)
-    learner.optimizer.param_groups[0]["betas"] = params.adam_beta1, 0.999
+    how = params.learning_rate, schedule, params.max_grad_norm
+    learner = Learner(policy, accelerator, dial, *how, beta1=params.adam_beta1)
     trained = TrainedWeights(policy.model)
     actor = Actor(policy, tokenizer, accelerator, precision, params.response_length, frozen.dial)
     phases = Phases(accelerator.device)

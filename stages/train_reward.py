@@ -42,7 +42,7 @@ from stages.lib.model.loading import (
     set_seed,
 )
 from stages.lib.model.memory import memory_dial
-from stages.lib.model.ranked_right import ranked_right
+from stages.lib.model.ranked_right import ranked_right, shares_by_kind, told_by_kind
 from stages.lib.model.reward import (
     load_reward_model,
     new_reward_model,
@@ -361,16 +361,12 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         # 3. Held-out scores and reports
         chosen_scores, rejected_scores = (fit.scores_of("heldout", side) for side in SIDES)
         better, worse = (fit.scores_of(CORRUPTED + "heldout", side) for side in SIDES)
-        resisted = ranked_right(better, worse)
-        kinds = columns[CORRUPTED + "heldout"]["kind"]
         metrics = {
             "train_pairs": len(columns["train"]["row"]),
             "hard_negatives": len(columns[CORRUPTED + "train"]["row"]) if params.hard_negatives else 0,
             "heldout_pairs": len(columns["heldout"]["row"]),
             "steps": fit.steps,
-            "by_kind": {
-                kind: resisted[[each == kind for each in kinds]].mean().item() for kind in dict.fromkeys(kinds)
-            },
+            "by_kind": shares_by_kind(better, worse, columns[CORRUPTED + "heldout"]["kind"]),
             "heldout": heldout_figures(chosen_scores, rejected_scores),
         }
         scores = zip(
@@ -391,15 +387,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
             f"wrote models/reward and {reports}: held-out accuracy {metrics['heldout']['accuracy']:.3f}, "
             f"score gap {metrics['heldout']['margin']:.2f} over {metrics['heldout_pairs']} pairs"
         )
-        if metrics["by_kind"]:
-            shares = (f"{kind} {accuracy:.0%}" for kind, accuracy in metrics["by_kind"].items())
-            print("the better side of the held-out pairs made by each kind of corruption:", ", ".join(shares))
-        for kind, accuracy in metrics["by_kind"].items():
-            if accuracy < 0.5:
-                print(
-                    f"warning: the reward model prefers the worse side of the held-out pairs made by '{kind}' in "
-                    f"{1 - accuracy:.0%} of cases, and PPO will be paid for it"
-                )
+        for line in told_by_kind("reward model", metrics["by_kind"]):
+            print(line)
     tokens = sum(
         len(ids) for split in columns.values() for side in ("chosen_ids", "rejected_ids") for ids in split[side]
     )

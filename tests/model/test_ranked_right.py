@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stages.lib.analysis.rankings import accuracy
-from stages.lib.model.ranked_right import ranked_right
+from stages.lib.model.ranked_right import ranked_right, shares_by_kind, told_by_kind
 from stages.lib.rl.dpo import dpo_loss
 from stages.train_judge import figures
 from stages.train_reward import heldout_figures
@@ -32,3 +32,21 @@ def test_where_the_textbook_counts_a_tie_as_wrong_the_difference_is_half_the_tie
     better, worse = torch.tensor(BETTER), torch.tensor(WORSE)
     trl, ties = (better > worse).float().mean(), (better == worse).float().mean()
     assert ranked_right(better, worse).mean() == trl + ties / 2
+
+
+def test_shares_stand_by_kind_in_the_order_in_which_kinds_come():
+    kinds = ["loop", "cut", "loop", "cut"]
+    assert list(shares_by_kind(np.array(BETTER), np.array(WORSE), kinds).items()) == [("loop", 0.5), ("cut", 0.5)]
+    shares = shares_by_kind(torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 3.0]), ["b", "b", "a"])
+    assert list(shares.items()) == [("b", 0.75), ("a", 0.0)]
+    assert shares_by_kind(torch.tensor([]), torch.tensor([]), []) == {}
+
+
+def test_a_kind_that_is_preferred_is_warned_of_and_no_other():
+    told = list(told_by_kind("judge", {"loop": 0.97, "spliced": 0.5, "cut": 0.25}))
+    assert told == [
+        "the judge prefers the better side of the held-out pairs made by each kind of corruption: "
+        "loop 97%, spliced 50%, cut 25%",
+        "warning: the judge prefers the worse side of the held-out pairs made by 'cut' in 75% of cases",
+    ]
+    assert list(told_by_kind("judge", {})) == []

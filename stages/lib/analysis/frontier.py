@@ -15,7 +15,7 @@ import pandas as pd
 
 from stages.lib.analysis.measures import values_of
 from stages.lib.analysis.names import MODELS
-from stages.lib.analysis.preference import win_rate, wins
+from stages.lib.analysis.preference import comparisons, win_rate, wins
 from stages.lib.analysis.stats import Interval, Resampling, mean_interval
 
 BEST_OF = (1, 2, 4, 8, 16)
@@ -43,10 +43,8 @@ def final(
         opponents: the base's further answers: against these and that one the judge compares.
     """
     both = answers.merge(base, on="prompt_id", suffixes=("", "_base"), validate="one_to_one")
-    met = answers.merge(
-        pd.concat([base, opponents]), on="prompt_id", suffixes=("", "_base"), validate="one_to_many"
-    )
-    won = win_rate(wins(met["judge"], met["judge_base"]), met["prompt_id"], how.confidence)
+    met = comparisons(answers, pd.concat([base, opponents]))
+    won = win_rate(met["won"], met["prompt_id"], how.confidence)
     kl = float(cast(np.ndarray, values_of(answers, "kl")).mean())
     score = mean_interval(answers["score"], None, **vars(how))
     gain = mean_interval(both["score"] - both["score_base"], None, **vars(how))

@@ -4,6 +4,7 @@ import math
 from statistics import NormalDist
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.stats import beta, t
 
@@ -15,6 +16,17 @@ STEPS = 50  # of Newton's method; it settles in under ten
 def wins(scores: ArrayLike, base_scores: ArrayLike) -> np.ndarray:
     """(N,) 1 where the judge scores the answer above the base's to the same prompt, 0 below, 1/2 at a tie."""
     return (np.sign(np.asarray(scores, float) - np.asarray(base_scores, float)) + 1) / 2
+
+
+def comparisons(answers: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
+    """Every answer beside each of the base's to the same prompt: their columns, the base's as *_base, and `won`.
+
+    Args:
+        answers: prompt_id, judge and others; one answer to each prompt.
+        base: the same columns; one or more to each of these prompts.
+    """
+    both = answers.merge(base, on="prompt_id", suffixes=("", "_base"), validate="one_to_many")
+    return both.assign(won=wins(both["judge"], both["judge_base"]))
 
 
 def effective_comparisons(won: np.ndarray, prompts: ArrayLike | None, confidence: float) -> float:

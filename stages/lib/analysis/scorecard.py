@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from stages.lib.analysis.measures import DISTINCT, MEANS, SHARES, change, level, values_of
-from stages.lib.analysis.preference import length_controlled_win_rate, win_rate, wins
+from stages.lib.analysis.preference import comparisons, length_controlled_win_rate, win_rate
 from stages.lib.analysis.stats import Interval, Resampling, percentiles_of_mean
 
 CHOSEN = "chosen"  # the data's preferred answers, as a model among the others
@@ -57,9 +57,8 @@ def preferences(answers: pd.DataFrame, base: pd.DataFrame, confidence: float) ->
     The judge prefers an answer that ended to one that was cut; the last of the three leaves that out. It is None
     where no prompt has two answers of the same end.
     """
-    both = answers.merge(base, on="prompt_id", suffixes=("", "_base"), validate="one_to_many")
-    prompts = both["prompt_id"].to_numpy()
-    won = wins(both["judge"], both["judge_base"])
+    both = comparisons(answers, base)
+    prompts, won = both["prompt_id"].to_numpy(), both["won"].to_numpy()
     longer = both["response_ids"].map(len) - both["response_ids_base"].map(len)
     same_end = (both["ended"] == both["ended_base"]).to_numpy()
     return {

@@ -42,6 +42,7 @@ class Learner:
         schedule: tuple[str, int, int],
         max_grad_norm: float | None,
         weight_decay: float = 0.0,
+        beta1: float = 0.9,
     ):
         """
         Args:
@@ -51,12 +52,15 @@ class Learner:
             schedule: its name, steps of warm-up and steps in all.
             max_grad_norm: clipping; None or 0: none.
             weight_decay: decoupled.
+            beta1: of AdamW, the memory of its mean gradient.
         """
         self.model = cast(PreTrainedModel, module.model)
         self.accelerator, self.dial, self.max_grad_norm = accelerator, dial, max_grad_norm or math.inf
         dial.tokens = min(gather_object([dial.tokens]))  # all processes plan the same passes
         trained = [weight for weight in module.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            trained, lr=learning_rate, betas=(beta1, 0.999), weight_decay=weight_decay, fused=True
+        )
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         name, warmup, steps = schedule
         self.scheduler = learning_rate_schedule(name, self.optimizer.optimizer, warmup, steps)
