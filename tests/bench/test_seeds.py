@@ -42,3 +42,19 @@ def test_the_committed_table_is_what_the_readmes_say_of_it():
         )
         beginning = f"| {row['seed']} | {row['model'].upper()} | {row['verdict']} | {judge} |"
         assert any(line.startswith(beginning) and f"| {loops} |" in line for line in recipes.splitlines())
+
+
+def test_the_run_with_adapters_is_what_the_readmes_say_of_it():
+    with open(REPO / "bench/results/lora_default.csv") as file:
+        rows = list(csv.DictReader(file))
+    recipes, readme = ((REPO / name).read_text(encoding="utf-8") for name in ("recipes/README.md", "README.md"))
+    assert [(row["model"], row["rank"]) for row in rows] == [("dpo", "16"), ("ppo", "16")]
+    for row in rows:
+        judge = "{:.0f} % [{:.0f}, {:.0f}]".format(
+            *(100 * float(row["win_rate" + end]) for end in ("", "_low", "_high"))
+        )
+        kl, memory = f"{float(row['kl']):.1f}", f"{float(row['peak_memory_mb']) / 1000:.1f} GB"
+        beginning = f"| {row['model'].upper()} | {row['verdict']} | {judge} | {kl} |"
+        assert any(line.startswith(beginning) and f"| {memory} (" in line for line in recipes.splitlines())
+        if row["model"] == "dpo":
+            assert f"DPO comes to {judge}, at {memory}" in readme
