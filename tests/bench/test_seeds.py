@@ -28,9 +28,9 @@ def test_the_committed_table_is_what_the_readmes_say_of_it():
     assert [(row["seed"], row["model"]) for row in rows] == [
         (s, m) for s in ("42", "1", "2") for m in ("dpo", "ppo")
     ]
-    # "DPO and PPO are better with all three", "PPO's greedy answers loop more than the base's with seed 1"
-    assert {row["verdict"] for row in rows} == {"better"}
-    assert [row["seed"] for row in rows if float(row["greedy_rep_4_change"]) > 0.1] == ["1"]
+    # "DPO is better with all three, PPO with two", and none of them loops more than the base by more than 0.10
+    assert [(row["seed"], row["model"]) for row in rows if row["verdict"] != "better"] == [("1", "ppo")]
+    assert all(float(row["greedy_rep_4_change"]) < 0.1 for row in rows)
     assert all(1.5 < float(row["kl"]) < 4.5 for row in rows)
     recipes = (REPO / "recipes/README.md").read_text(encoding="utf-8")
     for row in rows:
