@@ -10,6 +10,13 @@ from tests.conftest import REPO
 SCORECARD = REPO / "reports/score_responses/scorecard.csv"
 
 
+def judged(row):
+    """The judge's share with its interval, as the tables have it."""
+    return "{:.0f} % [{:.0f}, {:.0f}]".format(
+        *(100 * float(row["win_rate" + end]) for end in ("", "_low", "_high"))
+    )
+
+
 def test_a_row_holds_the_scorecards_own_figures():
     with open(SCORECARD) as file:
         scorecard = list(csv.DictReader(file))
@@ -34,9 +41,7 @@ def test_the_committed_table_is_what_the_readmes_say_of_it():
     assert all(1.5 < float(row["kl"]) < 4.5 for row in rows)
     recipes = (REPO / "recipes/README.md").read_text(encoding="utf-8")
     for row in rows:
-        judge = "{:.0f} % [{:.0f}, {:.0f}]".format(
-            *(100 * float(row["win_rate" + end]) for end in ("", "_low", "_high"))
-        )
+        judge = judged(row)
         loops = "{:+.2f} [{:+.2f}, {:+.2f}]".format(
             *(float(row["greedy_rep_4_change" + end]) for end in ("", "_low", "_high"))
         )
@@ -50,9 +55,7 @@ def test_the_run_with_adapters_is_what_the_readmes_say_of_it():
     recipes, readme = ((REPO / name).read_text(encoding="utf-8") for name in ("recipes/README.md", "README.md"))
     assert [(row["model"], row["rank"]) for row in rows] == [("dpo", "16"), ("ppo", "16")]
     for row in rows:
-        judge = "{:.0f} % [{:.0f}, {:.0f}]".format(
-            *(100 * float(row["win_rate" + end]) for end in ("", "_low", "_high"))
-        )
+        judge = judged(row)
         kl, memory = f"{float(row['kl']):.1f}", f"{float(row['peak_memory_mb']) / 1000:.1f} GB"
         beginning = f"| {row['model'].upper()} | {row['verdict']} | {judge} | {kl} |"
         assert any(line.startswith(beginning) and f"| {memory} (" in line for line in recipes.splitlines())
