@@ -18,7 +18,7 @@ Run     dvc repro tokenize_pairs                          (untracked: python -m 
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from pydantic import Field, model_validator
 from tqdm import tqdm
@@ -83,6 +83,7 @@ class Params(Section):
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     tokenizer = load_tokenizer(root / "models/base")
+    eos = cast(int, tokenizer.eos_token_id)
     num_header_tokens = len(generation_header_ids(tokenizer))
     require(
         params.max_prompt_length >= num_header_tokens,
@@ -114,7 +115,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         )
         dropped += faults
 
-    alike = alike_rows(rows, ids, tokenizer.eos_token_id, where_of["train"], on_bad_row)
+    alike = alike_rows(rows, ids, eos, where_of["train"], on_bad_row)
     dropped += Counter({reason: len(numbers) for reason, numbers in alike.items()})
     gone = {number for numbers in alike.values() for number in numbers}
     for name in PAIRS if gone else ():
@@ -146,14 +147,15 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
         ]
         cuts_of_copies.update(count_cuts(uncut, *limits))
         cut = [truncate(copy, *limits) for copy in uncut]
-        usable[name] = corrupted_rows(todo, cut, pattern, tokenizer.eos_token_id)
+        usable[name] = corrupted_rows(todo, cut, pattern, eos)
 
     folder = root / "data/tokenized"
     for split in ("train", "heldout"):
         write_parquet(folder / f"pairs_{split}.parquet", pair_columns(rows[split], ids[split]))
-        reward = reward_columns(rows[split], ids[split], tokenizer.eos_token_id)
+        reward = reward_columns(rows[split], ids[split], eos)
         write_parquet(folder / f"reward_{split}.parquet", reward)
-        reward = reward_columns(*usable[split], tokenizer.eos_token_id, with_kind=True)
+        copied, copied_ids = usable[split]
+        reward = reward_columns(copied, copied_ids, eos, with_kind=True)
         write_parquet(folder / f"reward_negatives_{split}.parquet", reward)
     write_parquet(folder / "pairs_negatives.parquet", pair_columns(*usable["negatives"], with_kind=True))
     write_parquet(folder / "judge_pairs.parquet", pair_columns(rows["judge"], ids["judge"]))

@@ -19,8 +19,9 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -63,6 +64,9 @@ from stages.lib.run.checkpoints import Checkpoints
 from stages.lib.run.params import Base, MicroBatchTokens, Section
 from stages.lib.run.stage import run_stage
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 SIDES = ("chosen", "rejected")
 PAIR_REPEATS = 2  # of every pair among its hard negatives, of which each kind stands once
 CHUNK = 256  # texts between two chances to save their features
@@ -95,6 +99,16 @@ class Fit:
     history: list[dict[str, float]]
     steps: int  # of the optimizer
     scores_of: Callable[[str, str], Tensor]  # (N,) of a table's pairs, by table and side
+
+
+def with_fresh_head(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int, device: torch.device
+) -> PreTrainedModel:
+    """`new_reward_model` of a seed, on the device."""
+    set_seed(seed)
+    model = new_reward_model(folder, cast(int, tokenizer.pad_token_id))
+    model.to(device)  # pyright: ignore[reportArgumentType]: transformers wraps it without its types
+    return model
 
 
 def features_of(
@@ -150,14 +164,15 @@ def train_head(
         Stopped: a signal asked for the end.
     """
     with tempfile.TemporaryDirectory() as scratch:  # the trainer saves nothing; we do, without its pickle
-        settings = trainer_settings(params, seed, len(train), model.device) | dict(
+        settings = trainer_settings(params, seed, len(train), model.device)
+        settings |= dict(
             output_dir=scratch,
             per_device_train_batch_size=params.batch_size,
             per_device_eval_batch_size=len(heldout),  # one batch, so that its mean is over pairs
             bf16=False,  # the head is one small product: fp32. The backbone ran in base.precision
         )
         trainer = RewardTrainer(
-            model=HeadOnFeatures(model.score, tokenizer),
+            model=HeadOnFeatures(cast(nn.Linear, model.score), tokenizer),
             args=OneDevice(**settings),
             data_collator=collate_features,
             train_dataset=train,
@@ -165,7 +180,7 @@ def train_head(
             processing_class=tokenizer,
             callbacks=[EndWhenAsked(checkpoints)],
         )
-        assert len(trainer.train_dataset) == len(train) and len(trainer.eval_dataset) == len(heldout)
+        require_all(trainer, train, heldout)
         return run_trainer(trainer, num_steps_of(params, len(train)), checkpoints, **kept)
 
 
@@ -177,8 +192,8 @@ def train_backbone(
     params: Params,
     seed: int,
     precision: str,
-    micro_batch_tokens: int,
     checkpoints: Checkpoints,
+    micro_batch_tokens: int,
 ) -> tuple[list[dict[str, float]], int]:
     """Trains head and backbone in place, over tokens: all parameters that ask for a gradient.
 
@@ -194,7 +209,8 @@ def train_backbone(
     part = max(
         size for size in range(1, params.batch_size + 1) if params.batch_size % size == 0 and size <= fitting
     )
-    settings = trainer_settings(params, seed, len(train), device) | dict(
+    settings = trainer_settings(params, seed, len(train), device)
+    settings |= dict(
         output_dir=str(checkpoints.path.parent / "trainer"),
         per_device_train_batch_size=part,
         gradient_accumulation_steps=params.batch_size // part,
@@ -223,8 +239,14 @@ def train_backbone(
     if trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler = torch.amp.GradScaler(device.type, init_scale=INITIAL_LOSS_SCALE)
     trainer.create_model_card = lambda *args, **how: None  # TRL writes one into every checkpoint
-    assert len(trainer.train_dataset) == len(train) and len(trainer.eval_dataset) == len(heldout)
+    require_all(trainer, train, heldout)
     return run_trainer(trainer, num_steps_of(params, len(train)), checkpoints)
+
+
+def require_all(trainer: RewardTrainer, train: Dataset, heldout: Dataset) -> None:
+    """The trainer has dropped no pair."""
+    held = cast(Dataset, trainer.train_dataset), cast(Dataset, trainer.eval_dataset)
+    assert [len(pairs) for pairs in held] == [len(train), len(heldout)]
 
 
 def num_steps_of(params: Params, num_pairs: int) -> int:
@@ -286,10 +308,11 @@ def fit_on_features(
     work = model, tokenizer, fitted, datasets["heldout"], params, seed, checkpoints
     history, steps = train_head(*work, features=features)
     save_model(model, tokenizer, root / "models/reward")
-    weight = model.score.weight.detach().cpu().squeeze(0)
+    weight = cast(nn.Linear, model.score).weight.detach().cpu().squeeze(0)
 
     def scores_of(table: str, side: str) -> Tensor:
-        return datasets[table][f"{side}_features"][:].reshape(-1, len(weight)) @ weight  # of no pair, it is (0,)
+        features = cast(Tensor, datasets[table][f"{side}_features"][:])
+        return features.reshape(-1, len(weight)) @ weight  # of no pair, it is (0,)
 
     return Fit(history, steps, scores_of)
 
@@ -310,19 +333,25 @@ def fit_whole(
         Dataset.from_dict({name: [ids for table in tables for ids in columns[table][name]] for name in names})
         for tables in (fitted_tables(params), ["heldout"])
     )
-    folder = root / "models/reward"
-    with_fp32_head(model)
-    trained = add_adapters(model, params.lora, precision, task="SEQ_CLS") if params.backbone == "lora" else model
+    start, folder = root / "models/base", root / "models/reward"
+
+    def prepared(model: PreTrainedModel) -> nn.Module:
+        with_fp32_head(model)
+        return add_adapters(model, params.lora, precision, task="SEQ_CLS") if params.backbone == "lora" else model
+
+    def begin_again() -> None:
+        again = with_fresh_head(start, tokenizer, seed, model.device)
+        prepared(again)
+        model.load_state_dict(again.state_dict())
+        model.zero_grad()
+
+    trained = prepared(model)
     dial = memory_dial(params.micro_batch_tokens, 4096, model, "train_reward", training=True)
-    history, steps = train_backbone(
-        trained, tokenizer, fitted, heldout, params, seed, precision, dial.tokens, checkpoints
-    )
+    work = trained, tokenizer, fitted, heldout, params, seed, precision, checkpoints
+    history, steps = dial.run(train_backbone, *work, undo=begin_again)
     if params.backbone == "lora":
-
-        def fresh(base: Path) -> PreTrainedModel:
-            return new_reward_model(base, tokenizer.pad_token_id)
-
-        save_adapted(trained, model.state_dict(), root / "models/base", tokenizer, folder, fresh)
+        fresh = partial(new_reward_model, pad_token_id=cast(int, tokenizer.pad_token_id))
+        save_adapted(cast("PeftModel", trained), model.state_dict(), start, tokenizer, folder, fresh)
     else:
         save_model(model, tokenizer, folder)
     written = load_reward_model(folder, model.device)
@@ -350,8 +379,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
     tokenizer = load_tokenizer(root / "models/base")
 
     # 1. The base with a fresh head
-    set_seed(base.seed)
-    model = new_reward_model(root / "models/base", tokenizer.pad_token_id).to(device)
+    model = with_fresh_head(root / "models/base", tokenizer, base.seed, device)
 
     with Checkpoints("train_reward", root, base, params) as checkpoints:
         # 2. The pairs, or they and every corrupted copy of their chosen answers, are learnt

@@ -253,6 +253,30 @@ def test_full_training_in_parts_is_that_in_whole_batches(root, tokenizer, tmp_pa
         torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("backbone", ["lora", "full"])
+def test_out_of_memory_in_a_backbone_run_begins_again_in_smaller_parts(root, monkeypatch, capsys, backbone):
+    """With the weights and random numbers of the start, whatever the steps before have made of them."""
+    params = LORA.replace(backbone=backbone, learning_rate=1e-2)
+    columns = read_parquet(root / "data/tokenized/reward_train.parquet")
+    longest = max(len(ids) for side in ("chosen_ids", "rejected_ids") for ids in columns[side])
+    main(BASE, params.replace(micro_batch_tokens=2 * 2 * longest), root)
+    expected = {file: file.read_bytes() for file in sorted(root.glob("models/reward/**/*.safetensors"))}
+    compute_loss, calls = RewardTrainer.compute_loss, []
+
+    def short(self, model, inputs, *args, **how):
+        calls.append(len(inputs["input_ids"]))
+        loss = compute_loss(self, model, inputs, *args, **how)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return loss
+
+    monkeypatch.setattr(RewardTrainer, "compute_loss", short)
+    main(BASE, params.replace(micro_batch_tokens=2 * 4 * longest), root)
+    assert "train_reward: memory ran out: goes on with micro-batches of" in capsys.readouterr().out
+    assert calls[:4] == [8, 8, 8, 4]  # both sides of a pair
+    assert {file: file.read_bytes() for file in sorted(root.glob("models/reward/**/*.safetensors"))} == expected
+
+
 @pytest.mark.parametrize("precision", ["bf16"])
 def test_half_precision_multiplies_in_it_and_scores_in_fp32(root, monkeypatch, precision):
     seen = set()

@@ -116,7 +116,7 @@ def collect(source: Source, check: Callable[[dict], Pair | Text | Prompt | BadRo
         raise PairError(fault)
     for number, row in chain(begin, source.rows):
         checked = row if isinstance(row, BadRow) else check(row)
-        if not isinstance(checked, BadRow):
+        if not isinstance(row, BadRow) and not isinstance(checked, BadRow):
             rows[number] = checked
             read_columns = {*checked._fields, "system"} - {"messages"}
             columns.update(row.keys() - read_columns)
@@ -125,6 +125,7 @@ def collect(source: Source, check: Callable[[dict], Pair | Text | Prompt | BadRo
                 name for name in BESIDE_THE_PROMPT & row.keys() if not _is_within(row[name], checked.prompt)
             )
             continue
+        assert isinstance(checked, BadRow)
         message = f"{source.where(number)}: {checked.message}"
         if on_bad_row == "error":
             raise PairError(f"{message}; mend the row or set fetch_pairs.on_bad_row to drop")

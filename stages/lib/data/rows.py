@@ -191,7 +191,7 @@ READERS: dict[str, Reader] = {
     ".csv": csv_rows,
     ".tsv": csv_rows,
 }
-PACKINGS: dict[str, tuple[str, Callable[[Path], IO[bytes]]]] = {
+PACKINGS: dict[str, tuple[str, Callable[[Path], Any]]] = {  # files of bytes, each of a class of its own
     ".gz": ("gzip", lambda path: gzip.open(path)),
     ".zst": ("zstd", lambda path: io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))),
     ".xz": ("xz", lambda path: lzma.open(path)),

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -135,6 +135,7 @@ def usable_ids(
     """
     whole: dict[int, Ids] = {}
     cut: dict[int, Ids] = {}
+    eos = cast(int, tokenizer.eos_token_id)
 
     def fault_of(row: Row) -> tuple[str, str] | None:
         number = row["row"]
@@ -143,7 +144,7 @@ def usable_ids(
         except ChatError as error:
             return "chat_template", str(error).removeprefix(f"{where(number)}: ")
         cut[number] = truncate(whole[number], *limits)
-        if "chosen" in row and equal_answers(cut[number], tokenizer.eos_token_id):
+        if "chosen" in row and equal_answers(cut[number], eos):
             return "equal_after_cut", (
                 "'chosen' and 'rejected' are equal once cut to the limits of tokenize_pairs (raise max_length or "
                 "max_completion_length to tell them apart)"
@@ -187,7 +188,7 @@ def count_cuts(
     rows: list[Ids], max_prompt_length: int, max_completion_length: int | None, max_length: int
 ) -> dict[str, int]:
     """How many texts each limit cuts; a completion that both its limits cut counts under both."""
-    cuts = dict.fromkeys(("max_prompt_length", "max_completion_length", "max_length"), 0)
+    cuts: dict[str, int] = dict.fromkeys(("max_prompt_length", "max_completion_length", "max_length"), 0)
     for row in rows:
         sizes = {name: len(ids) for name, ids in row.items()}
         prompt = sizes.pop("prompt_input_ids")

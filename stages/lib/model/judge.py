@@ -52,7 +52,8 @@ def load_judge(folder: Path) -> Judge:
     """
     if not (folder / "judge.safetensors").exists():
         raise UserError(f"{folder}: no judge there; run: dvc repro train_judge")
-    return Judge(**read_json(folder / "judge.json"), **load_file(folder / "judge.safetensors"))
+    settings, of = read_json(folder / "judge.json"), load_file(folder / "judge.safetensors")
+    return Judge(settings["layer"], settings["strength"], of["mean"], of["scale"], of["weight"])
 
 
 def fit_judge(differences: np.ndarray, strength: float, weights: np.ndarray) -> np.ndarray:

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import GradScalerKwargs
+from accelerate.utils import FullyShardedDataParallelPlugin, GradScalerKwargs
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -95,7 +95,7 @@ def _keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Gives the kernel back what is kept: before memory that does not come from the heap, such as a mapped file."""
+    """Gives the kernel back what is kept: before work that wants blocks of other sizes, or memory of a mapped file."""
     if malloc_trim := _of_libc("malloc_trim"):
         malloc_trim(0)
 
@@ -151,7 +151,7 @@ def make_accelerator(device: torch.device, precision: str) -> Accelerator:
     )
     if accelerator.distributed_type == DistributedType.FSDP:
         # accelerate 1.15 would round weights, reduced gradients and log-probs to `precision`; autocast is enough
-        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        cast(FullyShardedDataParallelPlugin, accelerator.state.fsdp_plugin).mixed_precision_policy = None
     if accelerator.mixed_precision != mixed_precision:
         # accelerate 1.15 keeps the first precision of a process; under a launcher its own setting could win
         raise UserError(f"precision {precision} was asked for, accelerate runs {accelerator.mixed_precision}")
@@ -197,7 +197,8 @@ def load_causal_lm(folder: Path, device: torch.device | None = None) -> PreTrain
     """The causal language model in `folder`: fp32, eval mode, no dropout, on `device` or the CPU."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     disable_dropout_in_model(model)
-    return model.to(device or "cpu").eval()
+    model.to(device or "cpu")  # pyright: ignore[reportArgumentType]: transformers wraps it without its types
+    return model.eval()
 
 
 def freeze(model: Module) -> Module:

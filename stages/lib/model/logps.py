@@ -7,6 +7,8 @@ backward pass recomputes them, so that memory does not grow with batch x length 
 one function serves both trainings.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -163,7 +165,7 @@ class CompletionLogps(nn.Module):
         """
         with lean_embedding(self.model):
             hidden = hidden_states(self.model.get_decoder(), batch)
-        weight = self.model.get_output_embeddings().weight
+        weight = output_weight(self.model)
         logps = token_logps(hidden[batch.completion_index], weight, batch.labels)
         return logps.new_zeros(batch.num_completions).index_add(0, batch.label_sequence, logps)
 
@@ -192,7 +194,7 @@ class TokenLogps(nn.Module):
 
     def of_hidden(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The same from (N, H) last hidden states before the (N,) labels."""
-        weight = self.model.get_output_embeddings().weight
+        weight = output_weight(self.model)
         return token_logps_and_entropies(hidden / self.temperature, weight, labels)
 
 
@@ -222,13 +224,17 @@ def read_answers(
     return logps, entropies
 
 
+def output_weight(model: PreTrainedModel) -> Tensor:
+    """(V, H) of the model's output layer."""
+    return cast(nn.Linear, model.get_output_embeddings()).weight
+
+
 @torch.no_grad()
 def _check_output_layer(model: PreTrainedModel) -> None:
     ids = torch.arange(4, device=model.device)[None]
-    output = model.get_output_embeddings()
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     expected = model(input_ids=ids, use_cache=False).logits
-    if not torch.allclose(hidden @ output.weight.T, expected, rtol=1e-3, atol=1e-3):
+    if not torch.allclose(hidden @ output_weight(model).T, expected, rtol=1e-3, atol=1e-3):
         raise UserError(
             f"{type(model).__name__}: its logits are not hidden states times output weights "
             "(bias, soft cap or scale); choose another base model"

@@ -1,6 +1,6 @@
 """The one tie rule: whether a pair is ranked right, where a tie is worth a coin."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ def shares_by_kind(better: Any, worse: Any, kinds: Sequence[str]) -> dict[str, f
     return {kind: float(right[of_kind == kind].mean()) for kind in dict.fromkeys(kinds)}
 
 
-def told_by_kind(ranker: str, shares: dict[str, float]) -> Iterable[str]:
+def told_by_kind(ranker: str, shares: dict[str, float]) -> Iterator[str]:
     """Lines for the terminal: the shares, and a warning for every kind that the ranker prefers to the better side."""
     if shares:
         listed = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())

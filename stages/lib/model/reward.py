@@ -6,6 +6,7 @@ one function here. The head is applied in fp32: a bf16 score near 4 has steps of
 
 import re
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Fp32Linear(nn.Linear):
 
 def with_fp32_head(model: PreTrainedModel) -> PreTrainedModel:
     """The reward model, whose own forward pass now computes scores as `apply_head` does; in place."""
-    model.score.__class__ = Fp32Linear
+    cast(nn.Linear, model.score).__class__ = Fp32Linear
     return model
 
 
@@ -59,7 +60,7 @@ def closed(response: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]
     Args:
         response: token ids, at least one.
     """
-    eos = tokenizer.eos_token_id
+    eos = cast(int, tokenizer.eos_token_id)
     if response[-1] == eos:
         return response
     texts = [*tokenizer.batch_decode([[token] for token in response]), " "]
@@ -81,7 +82,8 @@ def load_reward_model(folder: Path, device: torch.device | None = None) -> PreTr
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{folder}: {', '.join(missing)} is missing from the checkpoint; run train_reward again")
     disable_dropout_in_model(model)
-    return model.to(device or "cpu").eval()
+    model.to(device or "cpu")  # pyright: ignore[reportArgumentType]: transformers wraps it without its types
+    return model.eval()
 
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -102,7 +104,7 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """(N, H) hidden states to (N,) scores or values, in fp32 whatever autocast says."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return model.score(hidden.float()).squeeze(-1)
+        return cast(nn.Linear, model.score)(hidden.float()).squeeze(-1)
 
 
 @torch.no_grad()

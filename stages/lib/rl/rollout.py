@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from stages.lib.model.generate import generate, in_precision
-from stages.lib.model.loading import freeze
+from stages.lib.model.loading import freeze, return_freed_memory
 from stages.lib.model.logps import TokenLogps, read_answers
 from stages.lib.model.memory import MemoryDial
 from stages.lib.run.errors import UserError
@@ -133,11 +133,16 @@ class Actor:
         return places, responses
 
     def roll_out(self, prompts: list[list[int]], seed: int) -> Rollout:
-        """The policy answers the prompts and reads its answers once; what the frozen side adds is still empty."""
+        """The policy answers the prompts and reads its answers once; what the frozen side adds is still empty.
+
+        Training wants memory in blocks of other sizes: what it has freed goes back first, and what is freed here last.
+        """
+        return_freed_memory()
         places, responses = self.sample(prompts, seed)
         own = [prompts[i] for i in places]
         logps, entropies = self.dial.run(read_answers, self.policy, own, responses, precision=self.precision)
         eos = self.tokenizer.eos_token_id
         ended = torch.tensor([response[-1] == eos for response in responses])
         nothing = torch.empty(0)
+        return_freed_memory()
         return Rollout(places, own, responses, ended, logps, entropies, nothing, nothing, nothing)
