@@ -322,6 +322,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
 def frozen_reads(rollout: Rollout, frozen: FrozenSide, with_features: bool = False) -> tuple[Rollout, Tensor]:
     """With reference log-probs and raw scores; and, if asked for, (N, H) its hidden states before the tokens."""
     said = frozen.opinions(rollout.prompts, rollout.responses, with_features=with_features)
+    loading.return_freed_memory()  # the policy's passes want blocks of other sizes
     return dataclasses.replace(rollout, ref_logps=said.logps, raw_scores=said.scores), said.features
 
 
