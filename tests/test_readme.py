@@ -65,8 +65,7 @@ def test_what_it_says_is_not_reached_is_not():
     for model in ("dpo", "ppo"):
         for measure in ("ended", "emoji"):
             assert card[model][measure] < card["preferred"][measure][0]
-    assert "PPO's answers are a token longer than the range of theirs" in README
-    assert 0.5 < card["ppo"]["tokens"] - card["preferred"]["tokens"][1] < 1.5
+    assert card["preferred"]["tokens"][0] < card["ppo"]["tokens"] < card["preferred"]["tokens"][1]
 
 
 def test_the_answer_quotes_the_committed_run():
