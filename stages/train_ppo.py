@@ -177,7 +177,7 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
     dial = memory_dial(params.micro_batch_tokens, on_cpu, policy.model, "train_ppo", training=True)
     schedule = params.schedule, params.warmup_updates, params.num_updates
     how = params.learning_rate, schedule, params.max_grad_norm
-    learner = Learner(policy, accelerator, dial, *how, beta1=params.adam_beta1)
+    learner = Learner(policy, accelerator, dial, *how, beta1=params.adam_beta1, return_freed=bool(adapted))
     trained = TrainedWeights(policy.model)
     actor = Actor(policy, tokenizer, accelerator, precision, params.response_length, frozen.dial)
     phases = Phases(accelerator.device)
@@ -322,7 +322,6 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict[str, Any]:
 def frozen_reads(rollout: Rollout, frozen: FrozenSide, with_features: bool = False) -> tuple[Rollout, Tensor]:
     """With reference log-probs and raw scores; and, if asked for, (N, H) its hidden states before the tokens."""
     said = frozen.opinions(rollout.prompts, rollout.responses, with_features=with_features)
-    loading.return_freed_memory()  # the policy's passes want blocks of other sizes
     return dataclasses.replace(rollout, ref_logps=said.logps, raw_scores=said.scores), said.features
 
 

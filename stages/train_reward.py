@@ -36,6 +36,7 @@ from stages.lib.model.loading import (
     INITIAL_LOSS_SCALE,
     freeze,
     load_tokenizer,
+    on_device,
     pick_device,
     pick_precision,
     require_autocast,
@@ -45,6 +46,7 @@ from stages.lib.model.loading import (
 from stages.lib.model.memory import memory_dial
 from stages.lib.model.ranked_right import ranked_right, shares_by_kind, told_by_kind
 from stages.lib.model.reward import (
+    head_of,
     load_reward_model,
     new_reward_model,
     pooled_features,
@@ -106,9 +108,7 @@ def with_fresh_head(
 ) -> PreTrainedModel:
     """`new_reward_model` of a seed, on the device."""
     set_seed(seed)
-    model = new_reward_model(folder, cast(int, tokenizer.pad_token_id))
-    model.to(device)  # pyright: ignore[reportArgumentType]: transformers wraps it without its types
-    return model
+    return on_device(new_reward_model(folder, cast(int, tokenizer.pad_token_id)), device)
 
 
 def features_of(
@@ -172,7 +172,7 @@ def train_head(
             bf16=False,  # the head is one small product: fp32. The backbone ran in base.precision
         )
         trainer = RewardTrainer(
-            model=HeadOnFeatures(cast(nn.Linear, model.score), tokenizer),
+            model=HeadOnFeatures(head_of(model), tokenizer),
             args=OneDevice(**settings),
             data_collator=collate_features,
             train_dataset=train,
@@ -301,14 +301,14 @@ def fit_on_features(
 ) -> Fit:
     """Fits the head of a frozen backbone and writes models/reward."""
     freeze(model)
-    model.score.requires_grad_(True)
+    head_of(model).requires_grad_(True)
     datasets, features = features_of(model, columns, params, precision, checkpoints)
     names = ["chosen_ids", "rejected_ids", "chosen_features", "rejected_features"]
     fitted = concatenate_datasets([datasets[table].select_columns(names) for table in fitted_tables(params)])
     work = model, tokenizer, fitted, datasets["heldout"], params, seed, checkpoints
     history, steps = train_head(*work, features=features)
     save_model(model, tokenizer, root / "models/reward")
-    weight = cast(nn.Linear, model.score).weight.detach().cpu().squeeze(0)
+    weight = head_of(model).weight.detach().cpu().squeeze(0)
 
     def scores_of(table: str, side: str) -> Tensor:
         features = cast(Tensor, datasets[table][f"{side}_features"][:])

@@ -114,23 +114,27 @@ def collect(source: Source, check: Callable[[dict], Pair | Text | Prompt | BadRo
     begin = list(islice(source.rows, NUM_FIRST_ROWS))
     if fault := _fault_of_the_file(source, begin, check, on_bad_row):
         raise PairError(fault)
-    for number, row in chain(begin, source.rows):
-        checked = row if isinstance(row, BadRow) else check(row)
-        if not isinstance(row, BadRow) and not isinstance(checked, BadRow):
-            rows[number] = checked
-            read_columns = {*checked._fields, "system"} - {"messages"}
-            columns.update(row.keys() - read_columns)
-            keys.update(keys_left_unread(row, tuple(read_columns & ANSWERS)))
-            lost.update(
-                name for name in BESIDE_THE_PROMPT & row.keys() if not _is_within(row[name], checked.prompt)
-            )
-            continue
-        assert isinstance(checked, BadRow)
-        message = f"{source.where(number)}: {checked.message}"
+
+    def refuse(number: int, bad: BadRow) -> None:
+        message = f"{source.where(number)}: {bad.message}"
         if on_bad_row == "error":
             raise PairError(f"{message}; mend the row or set fetch_pairs.on_bad_row to drop")
-        dropped[checked.reason] += 1
-        first.setdefault(checked.reason, message)
+        dropped[bad.reason] += 1
+        first.setdefault(bad.reason, message)
+
+    for number, row in chain(begin, source.rows):
+        if isinstance(row, BadRow):
+            refuse(number, row)
+            continue
+        checked = check(row)
+        if isinstance(checked, BadRow):
+            refuse(number, checked)
+            continue
+        rows[number] = checked
+        read_columns = {*checked._fields, "system"} - {"messages"}
+        columns.update(row.keys() - read_columns)
+        keys.update(keys_left_unread(row, tuple(read_columns & ANSWERS)))
+        lost.update(name for name in BESIDE_THE_PROMPT & row.keys() if not _is_within(row[name], checked.prompt))
     for what, names in (("columns", columns), ("keys inside messages", keys)):
         if names:
             print(f"ignored {what} of {source.name}: {spell_names(sorted(names))}")

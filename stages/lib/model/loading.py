@@ -197,8 +197,13 @@ def load_causal_lm(folder: Path, device: torch.device | None = None) -> PreTrain
     """The causal language model in `folder`: fp32, eval mode, no dropout, on `device` or the CPU."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     disable_dropout_in_model(model)
+    return on_device(model, device).eval()
+
+
+def on_device(model: PreTrainedModel, device: torch.device | None) -> PreTrainedModel:
+    """The model, moved in place; without a device, to the CPU."""
     model.to(device or "cpu")  # pyright: ignore[reportArgumentType]: transformers wraps it without its types
-    return model.eval()
+    return model
 
 
 def freeze(model: Module) -> Module:

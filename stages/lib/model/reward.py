@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from stages.lib.model.attention import hidden_states, use_packed_attention
-from stages.lib.model.loading import autocast, disable_dropout_in_model
+from stages.lib.model.loading import autocast, disable_dropout_in_model, on_device
 from stages.lib.model.packing import packed_groups
 from stages.lib.run.errors import UserError
 
@@ -46,7 +46,7 @@ class Fp32Linear(nn.Linear):
 
 def with_fp32_head(model: PreTrainedModel) -> PreTrainedModel:
     """The reward model, whose own forward pass now computes scores as `apply_head` does; in place."""
-    cast(nn.Linear, model.score).__class__ = Fp32Linear
+    head_of(model).__class__ = Fp32Linear
     return model
 
 
@@ -82,13 +82,17 @@ def load_reward_model(folder: Path, device: torch.device | None = None) -> PreTr
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{folder}: {', '.join(missing)} is missing from the checkpoint; run train_reward again")
     disable_dropout_in_model(model)
-    model.to(device or "cpu")  # pyright: ignore[reportArgumentType]: transformers wraps it without its types
-    return model.eval()
+    return on_device(model, device).eval()
 
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
     """The transformer below the head of a sequence classification model."""
     return getattr(model, model.base_model_prefix)
+
+
+def head_of(model: PreTrainedModel) -> nn.Linear:
+    """What makes a sequence classification model's score of a hidden state."""
+    return cast(nn.Linear, model.score)
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -104,7 +108,7 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 def apply_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """(N, H) hidden states to (N,) scores or values, in fp32 whatever autocast says."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return cast(nn.Linear, model.score)(hidden.float()).squeeze(-1)
+        return head_of(model)(hidden.float()).squeeze(-1)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.lib.model.adapters import TrainedWeights
-from stages.lib.model.loading import loss_scale
+from stages.lib.model.loading import loss_scale, return_freed_memory
 from stages.lib.model.memory import MemoryDial
 from stages.lib.model.packing import micro_batches_of_process, pack, shares_prefixes
 from stages.lib.rl.schedule import learning_rate_schedule
@@ -43,6 +43,7 @@ class Learner:
         max_grad_norm: float | None,
         weight_decay: float = 0.0,
         beta1: float = 0.9,
+        return_freed: bool = False,
     ):
         """
         Args:
@@ -53,11 +54,13 @@ class Learner:
             max_grad_norm: clipping; None or 0: none.
             weight_decay: decoupled.
             beta1: of AdamW, the memory of its mean gradient.
+            return_freed: on a CPU, after every pass, before fragments add up: less memory for some time.
         """
         self.model = cast(PreTrainedModel, module.model)
         self.accelerator, self.dial, self.max_grad_norm = accelerator, dial, max_grad_norm or math.inf
         dial.tokens = min(gather_object([dial.tokens]))  # all processes plan the same passes
         trained = [weight for weight in module.parameters() if weight.requires_grad]
+        self.return_freed = return_freed and accelerator.device.type == "cpu"
         optimizer = torch.optim.AdamW(
             trained, lr=learning_rate, betas=(beta1, 0.999), weight_decay=weight_decay, fused=True
         )
@@ -96,6 +99,9 @@ class Learner:
                 with accelerator.autocast():  # sharded by FSDP2, accelerate 1.15 leaves the module without it
                     output = self.module(batch)
                 yield part, weight, output
+            del output
+            if self.return_freed:
+                return_freed_memory()
 
     def mean_gradient(
         self,
