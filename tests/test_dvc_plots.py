@@ -121,6 +121,7 @@ def test_every_chart_says_what_it_shows():
     for name, chart in charts().items():
         assert {"x", "y", "template"} <= chart.keys(), name
         assert "title" in chart or {"x_label", "y_label"} <= chart.keys(), name
+        assert len(chart.get("y_label", "")) <= 26, name  # a longer one than the axis squeezes the chart flat
 
 
 def test_the_charts_asked_for_are_there():
