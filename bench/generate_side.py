@@ -1,5 +1,6 @@
 """One measured run of a side of bench_generate, ours or transformers', in a process of its own."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from bench.bench_dpo import read_pairs
 from bench.measure import REPO
 from bench.worker import answer, now, peak_mb
 from stages.lib.model.generate import generate, in_precision
-from stages.lib.model.loading import load_causal_lm, load_tokenizer
+from stages.lib.model.loading import load_causal_lm, load_tokenizer, pick_device
 
 TEMPERATURE = 0.7
 
@@ -18,7 +19,8 @@ TEMPERATURE = 0.7
 @torch.no_grad()
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Seconds of `spec["side"]` for each number of rows, after a short batch to warm up."""
-    device, precision = torch.device(spec["device"]), spec["precision"]
+    os.environ["DEVICE"] = spec["device"]
+    device, precision = pick_device(), spec["precision"]
     tokenizer = load_tokenizer(Path(spec["base"]))
     tokenizer.eos_token = tokenizer.pad_token  # which is never sampled: no answer ends
     model = in_precision(load_causal_lm(Path(spec["base"]), device), precision)

@@ -58,7 +58,7 @@ class Params(Section):
     opponents: int = Field(ge=1)  # the base's answers to each prompt, with which a sampled one is compared
     best_of_n_prompts: int = Field(ge=1)  # held-out prompts that the base answers 17 times
     gallery_prompts: int = Field(ge=1)  # held-out prompts shown, after the first, fixed one
-    first_max_new_tokens: int = Field(ge=1)  # for the first prompt, always answered in full
+    first_max_new_tokens: int = Field(ge=1)  # for the first prompt, shown whole
 
 
 def main(base: Base, params: Params, root: Path = Path(".")) -> dict:

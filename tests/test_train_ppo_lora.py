@@ -18,7 +18,7 @@ from stages.lib.model.frozen_side import FrozenSide
 from stages.lib.model.logps import read_answers
 from stages.lib.model.memory import MemoryDial
 from stages.lib.model.reward import load_reward_model, score_sequences
-from stages.lib.rl import learner
+from stages.lib.rl import learner, rollout
 from stages.lib.rl.rollout import Actor
 from stages.lib.run.artefacts import read_json
 from stages.lib.run.checkpoints import Stopped
@@ -255,10 +255,12 @@ def test_a_stopped_run_goes_on_to_the_same_bytes_from_adapters_alone(root, token
 @pytest.mark.parametrize(("params", "passes"), [(LORA.replace(micro_batch_tokens=1), 1), (PARAMS, 0)])
 def test_with_adapters_every_pass_gives_back_what_it_freed_or_fragments_add_up(root, monkeypatch, params, passes):
     """Where all weights are trained it would cost a tenth of the time and save less."""
-    returned = []
-    monkeypatch.setattr(learner, "return_freed_memory", lambda: returned.append(1))
+    returned: list[str] = []
+    monkeypatch.setattr(learner, "return_freed_memory", lambda: returned.append("pass"))
+    monkeypatch.setattr(rollout, "return_freed_memory", lambda: returned.append("rollout"))
     run(root, params)
-    assert len(returned) == passes * params.episodes * params.num_ppo_epochs  # a pass for each answer
+    assert returned.count("pass") == passes * params.episodes * params.num_ppo_epochs  # a pass for each answer
+    assert ("rollout" in returned) == bool(passes)
 
 
 def test_a_full_run_leaves_no_adapter_of_an_earlier_one(root):

@@ -7,9 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 from transformers.cache_utils import Cache
 
+from stages.lib.model import llama_step
 from stages.lib.model.adapters import FULL, adapters_off, add_adapters
 from stages.lib.model.generate import RoomyLayer, generate, in_precision
 from stages.lib.model.llama_step import LlamaStep, is_plain_llama
+from stages.lib.model.loading import DTYPES
 
 SIZES = {
     "vocab_size": 512,
@@ -128,3 +130,29 @@ def test_an_unknown_layer_in_the_model_is_not_passed_by():
 
     model.model.layers[0].mlp.up_proj = Adapted(32, 64, bias=False)
     assert not is_plain_llama(model)
+
+
+def test_what_a_hook_does_to_a_layer_is_not_passed_by():
+    model = random_model(PLAIN["grouped keys"])
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + 1)
+    assert not is_plain_llama(model)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_packed_weights_give_a_rows_product_whatever_its_batch(precision):
+    """Bit for bit where they are packed: an answer does not depend on which others have ended."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(192, 64, generator=generator).to(DTYPES[precision])
+    x = torch.randn(37, 64, generator=generator).to(DTYPES[precision])
+    product = llama_step._packed(weight)
+    expected = (x.double() @ weight.double().T).float()
+    torch.testing.assert_close(product(x).float(), expected, rtol=1e-2 if precision == "bf16" else 1e-5, atol=1e-4)
+    if precision == "bf16" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        for rows in (1, 7, 8, 36):
+            assert torch.equal(product(x[:rows]), product(x)[:rows])
+
+
+def test_where_the_cpu_has_no_bf16_products_the_step_takes_the_weights_as_they_are(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    weight, x = torch.ones(8, 4, dtype=torch.bfloat16), torch.ones(2, 4, dtype=torch.bfloat16)
+    assert torch.equal(llama_step._packed(weight)(x), torch.full((2, 8), 4.0, dtype=torch.bfloat16))

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import stages.lib.model.logps as logps_module
-from stages.lib.model.attention import use_packed_attention
+from stages.lib.model.attention import TiedGradient, use_packed_attention
 from stages.lib.model.logps import (
     CompletionLogps,
     completion_logps,
@@ -120,6 +120,34 @@ def test_token_logps_survive_huge_logits():
     hidden, weight = torch.tensor([[1000.0]]), torch.tensor([[1.0], [-1.0], [0.5]])
     logps, entropy = token_logps_and_entropies(hidden, weight, torch.tensor([1]))
     assert logps.item() == -2000.0 and entropy.item() == 0.0
+
+
+def test_a_tied_weight_gets_one_gradient_of_its_size_and_a_pad_in_a_text_none(tiny_model, monkeypatch):
+    """The embedding adds its rows to the output layer's gradient, in place: torch would copy it for a sparse one."""
+    left: list[int | None] = []
+
+    def take(self: TiedGradient, weight: torch.Tensor) -> torch.Tensor:
+        left.append(None if self.of_output is None else self.of_output.data_ptr())
+        return taken(self, weight)
+
+    taken = TiedGradient.take
+    monkeypatch.setattr(TiedGradient, "take", take)
+    pad = tiny_model.config.pad_token_id
+    prompts, completions = [[5, pad, 6], [7, 8]], [[9, 2], [5, 5, 2]]
+    policy = CompletionLogps(tiny_model)
+    with use_packed_attention(tiny_model):
+        policy(pack(prompts, completions, True)).sum().backward()
+    weight = tiny_model.get_input_embeddings().weight
+    assert left == [weight.grad.data_ptr()]
+    found = weight.grad
+    weight.grad = None
+    total = 0.0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = torch.tensor([prompt + completion])
+        mask = torch.tensor([[0] * len(prompt) + [1] * len(completion)])
+        total = total + get_log_prob(tiny_model(input_ids=ids).logits, ids, mask).sum()
+    total.backward()
+    torch.testing.assert_close(found, weight.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("share_prefixes", [False, True])

@@ -198,6 +198,15 @@ def test_groups_hold_every_item_once_within_the_budget(lengths, budget):
     assert all(len(group) == 1 or sum(lengths[i] for i in group) <= budget for group in groups)
 
 
+def test_groups_are_alike_where_they_can_be():
+    """As many as first-fit-decreasing finds: [7, 2, 1], [5, 5], [4]; the longest pass takes the most memory."""
+    lengths = [5, 7, 5, 4, 2, 1]
+    sizes = [sum(lengths[i] for i in group) for group in group_by_tokens(lengths, 10)]
+    assert sorted(sizes) == [7, 8, 9]
+    # 6 and 6, 4 4 4: alike would be 6 4 4 and 6 4
+    assert sorted(map(len, group_by_tokens([6, 6, 4, 4, 4], 12))) == [2, 3]
+
+
 @given(*lengths_and_budget, st.integers(1, 5))
 def test_processes_share_the_batch_exactly_and_run_the_same_number_of_micro_batches(lengths, budget, processes):
     shares = [micro_batches_of_process(lengths, budget, rank, processes) for rank in range(processes)]

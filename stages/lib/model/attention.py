@@ -2,21 +2,23 @@
 
 Packed rows need no padding at all: the linear layers see real tokens only, and a sequence's result does not
 depend on its batch mates but for rounding. Attention within each sequence is registered with transformers under
-the name "packed". Llama's normalisation and gated MLP give the same numbers as transformers' own and keep two
-thirds as much for the backward pass: their inputs, from which the cheap steps between matrix products are
+the name "packed". Llama's normalisation, rotary positions and gated MLP give the same numbers as transformers' own and
+keep two thirds as much for the backward pass: their inputs, from which the cheap steps between matrix products are
 recomputed.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention, silu
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from stages.lib.model.packing import PackedBatch
 from stages.lib.run.errors import UserError
@@ -164,7 +166,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
         inverse_rms = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
         ctx.save_for_backward(x, weight, inverse_rms)
-        return (weight * (x * inverse_rms)).to(dtype)
+        return (x * inverse_rms).mul_(weight).to(dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
@@ -191,6 +193,45 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), grad * silu(gate)
 
 
+class _Rotary(torch.autograd.Function):
+    """Heads turned by their positions' angles (arXiv:2104.09864), in float32, returned in their own dtype."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(..., D) with its first half of D paired with its second, as in transformers."""
+    exact = x.float()
+    turned = exact * cos
+    (first, second), (of_first, of_second) = exact.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+    ours, theirs = turned.chunk(2, dim=-1)
+    ours.sub_(second * of_first)
+    theirs.add_(first * of_second)
+    return turned.to(x.dtype)
+
+
+def lean_attention(
+    attention: LlamaAttention, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **how
+) -> tuple[Tensor, None]:
+    """`attention(hidden_states, ...)`, packed."""
+    x, heads = hidden_states, (*hidden_states.shape[:-1], -1, attention.head_dim)
+    cos, sin = (table.float().unsqueeze(-2) for table in position_embeddings)
+    query, key = (_Rotary.apply(layer(x).view(heads), cos, sin) for layer in (attention.q_proj, attention.k_proj))
+    value = attention.v_proj(x).view(heads)
+    dropout = attention.attention_dropout if attention.training else 0.0
+    rows = (states.transpose(1, 2) for states in (query, key, value))
+    output, _ = packed_attention(attention, *rows, scaling=attention.scaling, dropout=dropout, **how)
+    return attention.o_proj(output.flatten(2)), None
+
+
 def lean_rms_norm(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
     """`norm(x)`, rounded once to the dtype in which the matrix products that follow read it."""
     device_type = x.device.type
@@ -204,13 +245,14 @@ def lean_mlp(mlp: LlamaMLP, x: Tensor) -> Tensor:
     return mlp.down_proj(_SwiGLU.apply(mlp.gate_proj(x), mlp.up_proj(x)))
 
 
-def lean_forwards(model: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+def lean_forwards(model: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
     """What shall compute in place of which module: the layers of a float32 Llama, and nothing in other models."""
-    forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
     for layer in model.modules():
         if isinstance(layer, LlamaDecoderLayer) and layer.input_layernorm.weight.dtype == torch.float32:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 forwards[norm] = partial(lean_rms_norm, norm)
+            forwards[layer.self_attn] = partial(lean_attention, layer.self_attn)
             if layer.mlp.config.hidden_act == "silu":
                 forwards[layer.mlp] = partial(lean_mlp, layer.mlp)
     return forwards
@@ -263,20 +305,55 @@ def hidden_states(backbone: nn.Module, batch: PackedBatch) -> Tensor:
     ).last_hidden_state[0]
 
 
-@contextmanager
-def lean_embedding(model: PreTrainedModel) -> Iterator[None]:
-    """For a forward pass whose output layer is used too: a tied embedding gets a sparse gradient.
+class TiedGradient:
+    """Where the output layer's backward pass leaves its gradient, for the embedding that has the same weight."""
 
-    On CPUs only. The engine adds it to the output layer's dense gradient, which the backward pass has by then;
-    a dense one would be a second matrix of the vocabulary's size, filled with zeros but for a thousand rows.
+    def __init__(self) -> None:
+        self.of_output: Tensor | None = None
+
+    def take(self, weight: Tensor) -> Tensor:
+        """What was left, or zeros."""
+        left, self.of_output = self.of_output, None
+        return torch.zeros_like(weight) if left is None else left
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    """Rows of a weight, whose gradient is added to the output layer's, in place."""
+
+    @staticmethod
+    def forward(ctx, ids: Tensor, weight: Tensor, padding_idx: int | None, tied: TiedGradient) -> Tensor:
+        ctx.save_for_backward(ids, weight)
+        ctx.padding_idx, ctx.tied = padding_idx, tied
+        return functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        ids, weight = ctx.saved_tensors
+        if ctx.padding_idx is not None:
+            grad = grad.masked_fill((ids == ctx.padding_idx)[..., None], 0.0)
+        whole = ctx.tied.take(weight)
+        return None, whole.index_add_(0, ids.flatten(), grad.flatten(0, -2).to(whole.dtype)), None, None
+
+
+@contextmanager
+def lean_embedding(model: PreTrainedModel) -> Iterator[TiedGradient | None]:
+    """For a forward pass whose output layer is used too: a tied embedding makes no gradient of the weight's size.
+
+    On CPUs only. The backward pass has the output layer's gradient by the time it comes to the embedding, which adds a
+    thousand rows to it; else it would make a second one, all zeros but for these.
+
+    Yields:
+        What the output layer's function is to be given; None where nothing is tied.
     """
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = type(embedding) is nn.Embedding and output is not None and embedding.weight is output.weight
     if not tied or embedding.weight.device.type != "cpu":
-        yield
+        yield None
         return
-    before, embedding.sparse = embedding.sparse, True
+    gradient = TiedGradient()
+    # shadows the class's
+    embedding.forward = lambda ids: _TiedEmbedding.apply(ids, embedding.weight, embedding.padding_idx, gradient)
     try:
-        yield
+        yield gradient
     finally:
-        embedding.sparse = before
+        del embedding.forward

@@ -1,11 +1,12 @@
 """One decoding step of a plain Llama on a CPU, without transformers' overhead per layer.
 
-A step multiplies a few columns (one per row of the batch) by all weights. Three things make it twice as fast as
-the model's own forward, with the same weights: hidden states lie as (features, rows), so that the weights are the
-left factor, which the CPU's kernels read as they lie instead of repacking them; the query heads that share a key
-head are rows of one product, so keys and values are not copied per query head; and keys lie as (width, positions),
-the right factor of that product.
+A step multiplies one row per answer by all weights. Three things make it fast, with the same weights: they lie packed
+as the CPU's kernels read them, and those that multiply the same input are one matrix; the query heads that share a key
+head are rows of one product, so keys and values are not copied per query head; and keys lie as (width, positions), the
+right factor of that product.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,12 @@ PLAIN = {LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaModel, LlamaRMSNorm, 
 PLAIN |= {LlamaForCausalLM, SiLUActivation, nn.Embedding, nn.Linear, nn.ModuleList}
 OF_ADAPTERS = {nn.ModuleDict, nn.ParameterDict, nn.Identity, nn.Dropout}
 
+Product = Callable[[Tensor], Tensor]  # (B, inputs) to (B, outputs)
+
 
 def is_plain_llama(model: PreTrainedModel) -> bool:
-    """Whether `LlamaStep` computes what the model does: a Llama, with or without adapters, without biases and with the
-    usual activation."""
+    """Whether `LlamaStep` computes what the model does: a Llama, with or without adapters, without biases and forward
+    hooks, with the usual activation."""
     if type(model) is not LlamaForCausalLM or model.device.type != "cpu":
         return False
     config = model.config
@@ -39,6 +42,7 @@ def is_plain_llama(model: PreTrainedModel) -> bool:
         not (config.attention_bias or config.mlp_bias)
         and config.rope_parameters["rope_type"] == "default"
         and all(type(module) in PLAIN | OF_ADAPTERS or has_adapter(module) for module in model.modules())
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     )
 
 
@@ -62,6 +66,8 @@ class LlamaStep:
             layer.keys = layer.values = layer.rooms = None
         hidden = torch.zeros(mask.shape, dtype=dtype).masked_fill(mask == 0, -torch.inf)
         self.hidden = None if bool(mask.all()) else hidden[:, None, None]  # (B, 1, 1, S), to be added to scores
+        self.layers = [_Layer(layer) for layer in model.model.layers]
+        self.logits = _product(model.lm_head)
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows go on."""
@@ -78,50 +84,94 @@ class LlamaStep:
         if self.hidden is not None:
             self.hidden = functional.pad(self.hidden, (0, 1))
         decoder = self.model.model
-        embedded = decoder.embed_tokens(tokens)
-        cos, sin = (table[:, 0].t().contiguous() for table in decoder.rotary_emb(embedded, positions))  # (D, B)
-        x = embedded.t().contiguous()  # (features, B), as all that follows
-        for number, layer in enumerate(decoder.layers):
-            attended = self._attention(number, layer.self_attn, _norm(layer.input_layernorm, x), cos, sin)
-            x = x + attended
-            normed = _norm(layer.post_attention_layernorm, x)
-            gate, up = _linear(layer.mlp.gate_proj, normed), _linear(layer.mlp.up_proj, normed)
-            x = x + _linear(layer.mlp.down_proj, functional.silu(gate, inplace=True).mul_(up))
-        return self.model.lm_head(_norm(decoder.norm, x).t())
-
-    def _attention(self, number: int, module: LlamaAttention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(H * D, B) what the rows attend to, through the output weights."""
-        width, rows, now = module.head_dim, x.shape[1], self.length - 1
-        query = _rotate(_linear(module.q_proj, x).view(-1, width, rows), cos, sin) * module.scaling
-        key = _rotate(_linear(module.k_proj, x).view(-1, width, rows), cos, sin)
-        value = _linear(module.v_proj, x).view(-1, width, rows)
-        keys, values = self.keys[number][..., : now + 1], self.values[number][:, :, : now + 1]
-        keys[..., now], values[:, :, now] = key.permute(2, 0, 1), value.permute(2, 0, 1)
-        query = query.view(len(key), -1, width, rows).permute(3, 0, 1, 2)  # (B, H_kv, H / H_kv, D)
-        scores = query @ keys
-        if self.hidden is not None:
-            scores += self.hidden
-        attended = torch.softmax(scores, -1) @ values  # the softmax sums in float32 inside
-        return _linear(module.o_proj, attended.permute(1, 2, 3, 0).reshape(-1, rows))
+        x = decoder.embed_tokens(tokens)  # (B, features)
+        cos, sin = decoder.rotary_emb(x, positions)  # (B, 1, D)
+        first, second = sin.chunk(2, dim=-1)
+        sin = torch.cat((-first, second), dim=-1)
+        for layer, keys, values in zip(self.layers, self.keys, self.values, strict=True):
+            x = x + layer.attention(
+                x, cos, sin, keys[..., : self.length], values[:, :, : self.length], self.hidden
+            )
+            x = x + layer.mlp(x)
+        return self.logits(_norm(decoder.norm, x))
 
 
-def _linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer` along the first dimension of (features, B); with its adapter, where it has one that is on."""
-    product = layer.weight @ x
-    if type(layer) is not nn.Linear and not layer.disable_adapters:
-        for name in layer.lora_A.keys() & set(layer.active_adapters):
-            product.addmm_(layer.lora_B[name].weight, layer.lora_A[name].weight @ x, alpha=layer.scaling[name])
-    return product
+class _Layer:
+    """A decoder layer's products over packed weights."""
+
+    def __init__(self, layer: LlamaDecoderLayer):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.width, self.scaling = attention.head_dim, attention.scaling
+        self.of_keys = attention.k_proj.weight.shape[0] // self.width  # heads
+        self.query_key_value = _product(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = _product(attention.o_proj)
+        self.gate_up = _product(mlp.gate_proj, mlp.up_proj)
+        self.down = _product(mlp.down_proj)
+
+    def attention(
+        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None
+    ) -> Tensor:
+        """(B, features) what the rows attend to; their own goes into the last place of keys (B, H_kv, D, S) and values
+        (B, H_kv, S, D)."""
+        heads = self.query_key_value(_norm(self.norms[0], x)).view(len(x), -1, self.width)
+        turned = _rotate(heads[:, : -self.of_keys], cos, sin)
+        keys[..., -1], values[:, :, -1] = turned[:, -self.of_keys :], heads[:, -self.of_keys :]
+        query = (turned[:, : -self.of_keys] * self.scaling).view(len(x), self.of_keys, -1, self.width)
+        scores = query @ keys  # (B, H_kv, H / H_kv, S)
+        if hidden is not None:
+            scores += hidden
+        return self.out(
+            (torch.softmax(scores, -1) @ values).view(len(x), -1)
+        )  # the softmax sums in float32 inside
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """(B, features)"""
+        gate, up = self.gate_up(_norm(self.norms[1], x)).chunk(2, dim=-1)
+        return self.down(functional.silu(gate).mul_(up))
+
+
+def _product(*layers: nn.Module) -> Product:
+    """The products of one input with all the layers' weights, side by side; with their adapters, where on."""
+    weight = torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight
+    product = _packed(weight)
+    low_rank: list[tuple[slice, Tensor, Tensor, float]] = []
+    begin = 0
+    for layer in layers:
+        own = slice(begin, begin := begin + layer.weight.shape[0])
+        if has_adapter(layer) and not layer.disable_adapters:
+            for name in layer.lora_A.keys() & set(layer.active_adapters):
+                low_rank.append((own, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]))
+    if not low_rank:
+        return product
+
+    def with_adapters(x: Tensor) -> Tensor:
+        whole = product(x)
+        for own, down, up, scaling in low_rank:
+            whole[:, own] += functional.linear(functional.linear(x, down), up) * scaling
+        return whole
+
+    return with_adapters
+
+
+def _packed(weight: Tensor) -> Product:
+    """x @ weight.T; of bf16 weights packed once, as oneDNN's kernels read them, where it can."""
+    if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed, multiply = (
+            torch.ops.mkldnn._reorder_linear_weight(weight),
+            torch.ops.mkldnn._linear_pointwise.default,
+        )
+        return lambda x: multiply(x, packed, None, "none", [], "")
+    return lambda x: functional.linear(x, weight)
 
 
 def _norm(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
-    """`norm` along the first dimension of (features, B)."""
-    exact = x.float()
-    inverse_rms = torch.rsqrt(exact.square().mean(0) + norm.variance_epsilon)
-    return (exact * inverse_rms).to(x.dtype) * norm.weight[:, None]
+    """`norm` of (B, features)."""
+    return functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads (H, D, B) turned by angles (D, B) (arXiv:2104.09864), halves paired as in transformers."""
-    first, second = x.chunk(2, dim=1)
-    return x * cos + torch.cat((-second, first), dim=1) * sin
+    """Heads (B, H, D) turned by angles (B, 1, D) (arXiv:2104.09864), the sine's first half negative: halves are paired
+    as in transformers."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)

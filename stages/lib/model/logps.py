@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from stages.lib.model.attention import hidden_states, lean_embedding, use_packed_attention
+from stages.lib.model.attention import TiedGradient, hidden_states, lean_embedding, use_packed_attention
 from stages.lib.model.loading import autocast
 from stages.lib.model.packing import PackedBatch, packed_groups, read_tokens
 from stages.lib.run.errors import UserError
@@ -61,7 +61,9 @@ class _TokenLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, with_entropies: bool):
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, with_entropies: bool, tied: TiedGradient | None
+    ):
         maximum = hidden.new_full((len(hidden),), torch.finfo(torch.float32).min, dtype=torch.float32)
         total = torch.zeros_like(maximum)  # sum of exp(logit - maximum)
         weighted = torch.zeros_like(maximum)  # sum of exp(logit - maximum) * (logit - maximum)
@@ -76,6 +78,7 @@ class _TokenLogps(torch.autograd.Function):
             total = rescale * total + exp.sum(-1)
         log_normalizer = maximum + total.log()
         ctx.save_for_backward(hidden, weight, labels, log_normalizer)
+        ctx.tied = tied
         entropies = total.log() - weighted / total if with_entropies else None
         if with_entropies:
             ctx.mark_non_differentiable(entropies)
@@ -85,7 +88,7 @@ class _TokenLogps(torch.autograd.Function):
         return label_logits - log_normalizer, entropies
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, labels, log_normalizer = ctx.saved_tensors
         step = _slice_rows(hidden)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
@@ -93,7 +96,7 @@ class _TokenLogps(torch.autograd.Function):
         for start in range(0, len(weight), step):
             part = weight[start : start + step].to(hidden.dtype)
             # d logp / d logits = one-hot(label) - softmax(logits)
-            grad_logits = torch.exp((hidden @ part.T).float() - log_normalizer[:, None]).neg_()
+            grad_logits = (hidden @ part.T).float().sub_(log_normalizer[:, None]).exp_().neg_()
             here = (
                 labels - start
             )  # the label's column, where it lies in this slice: no index that the host must know
@@ -103,7 +106,9 @@ class _TokenLogps(torch.autograd.Function):
             grad_hidden += grad_logits @ part
             if grad_weight is not None:
                 grad_weight[start : start + step] = grad_logits.T @ hidden
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+        if ctx.tied is not None:
+            ctx.tied.of_output, grad_weight = grad_weight, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
 def _slice_rows(hidden: Tensor) -> int:
@@ -111,7 +116,7 @@ def _slice_rows(hidden: Tensor) -> int:
     return max(1, elements // max(1, len(hidden)))
 
 
-def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, tied: TiedGradient | None = None) -> Tensor:
     """Log-probability of each label, equal to `log_softmax(hidden @ weight.T)` gathered at the labels.
 
     Without the (N, V) logits. Products run in autocast's dtype where it is on; sums in float32 always.
@@ -120,19 +125,22 @@ def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         hidden: (N, H) last hidden states at the positions that predict the labels.
         weight: (V, H) of the output layer.
         labels: (N,) token ids.
+        tied: takes the weight's gradient, for an embedding that passes it on (`lean_embedding`).
 
     Returns:
         (N,) log-probabilities, float32, in nats.
     """
-    return _TokenLogps.apply(_in_autocast_dtype(hidden), weight, labels, False)[0]
+    return _TokenLogps.apply(_in_autocast_dtype(hidden), weight, labels, False, tied)[0]
 
 
-def token_logps_and_entropies(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def token_logps_and_entropies(
+    hidden: Tensor, weight: Tensor, labels: Tensor, tied: TiedGradient | None = None
+) -> tuple[Tensor, Tensor]:
     """`token_logps`, and the entropy of each row's distribution: (N,) each, float32, nats.
 
     The entropies carry no gradient.
     """
-    return _TokenLogps.apply(_in_autocast_dtype(hidden), weight, labels, True)
+    return _TokenLogps.apply(_in_autocast_dtype(hidden), weight, labels, True, tied)
 
 
 def _in_autocast_dtype(tensor: Tensor) -> Tensor:
@@ -163,10 +171,10 @@ class CompletionLogps(nn.Module):
         Raises:
             RuntimeError: `use_packed_attention` is not switched on.
         """
-        with lean_embedding(self.model):
+        with lean_embedding(self.model) as tied:
             hidden = hidden_states(self.model.get_decoder(), batch)
         weight = output_weight(self.model)
-        logps = token_logps(hidden[batch.completion_index], weight, batch.labels)
+        logps = token_logps(hidden[batch.completion_index], weight, batch.labels, tied)
         return logps.new_zeros(batch.num_completions).index_add(0, batch.label_sequence, logps)
 
 
@@ -188,14 +196,14 @@ class TokenLogps(nn.Module):
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """(N,) log-probs and (N,) entropies, these without gradient; float32, nats, in the order of the labels."""
-        with lean_embedding(self.model):
+        with lean_embedding(self.model) as tied:
             hidden = hidden_states(self.model.get_decoder(), batch)
-        return self.of_hidden(hidden[batch.completion_index], batch.labels)
+        return self.of_hidden(hidden[batch.completion_index], batch.labels, tied)
 
-    def of_hidden(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from (N, H) last hidden states before the (N,) labels."""
+    def of_hidden(self, hidden: Tensor, labels: Tensor, tied: TiedGradient | None = None) -> tuple[Tensor, Tensor]:
+        """The same from (N, H) last hidden states before the (N,) labels; `tied` as `token_logps` takes it."""
         weight = output_weight(self.model)
-        return token_logps_and_entropies(hidden / self.temperature, weight, labels)
+        return token_logps_and_entropies(hidden / self.temperature, weight, labels, tied)
 
 
 @torch.no_grad()

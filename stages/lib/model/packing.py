@@ -182,6 +182,9 @@ def shared_prefix_length(texts: Sequence[list[int]]) -> int:
 def group_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Packs items into as few groups as first-fit-decreasing finds, each of at most `budget` tokens.
 
+    Where they can be, groups are alike: the longest pass takes the most memory, and passes of ever other lengths leave
+    holes in it.
+
     Args:
         lengths: tokens of each item.
         budget: tokens a group may hold; an item longer than it gets a group of its own.
@@ -189,9 +192,10 @@ def group_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
     Returns:
         Groups of indices into `lengths`; each index is in exactly one group.
     """
+    by_length = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     groups: list[list[int]] = []
     room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in by_length:
         for number, left in enumerate(room):
             if lengths[index] <= left:
                 groups[number].append(index)
@@ -200,7 +204,13 @@ def group_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
         else:
             groups.append([index])
             room.append(budget - lengths[index])
-    return groups
+    alike: list[list[int]] = [[] for _ in groups]
+    tokens = [0] * len(groups)
+    for index in by_length:
+        least = tokens.index(min(tokens))
+        alike[least].append(index)
+        tokens[least] += lengths[index]
+    return alike if max(tokens, default=0) <= budget - min(room, default=0) else groups
 
 
 @torch.no_grad()

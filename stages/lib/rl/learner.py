@@ -54,7 +54,7 @@ class Learner:
             max_grad_norm: clipping; None or 0: none.
             weight_decay: decoupled.
             beta1: of AdamW, the memory of its mean gradient.
-            return_freed: on a CPU, after every pass, before fragments add up: less memory for some time.
+            return_freed: on a CPU, after every pass, before fragments add up: less memory, at some cost in time.
         """
         self.model = cast(PreTrainedModel, module.model)
         self.accelerator, self.dial, self.max_grad_norm = accelerator, dial, max_grad_norm or math.inf

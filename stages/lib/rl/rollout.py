@@ -84,16 +84,20 @@ class Actor:
         precision: str,
         response_length: int,
         dial: MemoryDial,
+        return_freed: bool = False,
     ):
         """
         Args:
             policy: not wrapped for training; its weights are the optimizer's.
             response_length: tokens of an answer, at most.
             dial: tokens of a forward pass.
+            return_freed: on a CPU, before and after each phase, for every one wants memory in blocks of other sizes:
+                less memory, at some cost in time.
         """
         self.policy, self.tokenizer, self.accelerator = policy, tokenizer, accelerator
         self.precision = precision
         self.response_length, self.dial = response_length, dial
+        self.return_freed = return_freed
         self.sampler = policy.model  # decoding is bound by reading weights: a copy in the lower precision
         if precision != "fp32":
             self.sampler = freeze(in_precision(policy.model, precision))
@@ -133,16 +137,18 @@ class Actor:
         return places, responses
 
     def roll_out(self, prompts: list[list[int]], seed: int) -> Rollout:
-        """The policy answers the prompts and reads its answers once; what the frozen side adds is still empty.
-
-        Training wants memory in blocks of other sizes: what it has freed goes back first, and what is freed here last.
-        """
-        return_freed_memory()
+        """The policy answers the prompts and reads its answers once; what the frozen side adds is still empty."""
+        self._let_go()
         places, responses = self.sample(prompts, seed)
         own = [prompts[i] for i in places]
+        self._let_go()
         logps, entropies = self.dial.run(read_answers, self.policy, own, responses, precision=self.precision)
         eos = self.tokenizer.eos_token_id
         ended = torch.tensor([response[-1] == eos for response in responses])
         nothing = torch.empty(0)
-        return_freed_memory()
+        self._let_go()
         return Rollout(places, own, responses, ended, logps, entropies, nothing, nothing, nothing)
+
+    def _let_go(self) -> None:
+        if self.return_freed and self.accelerator.device.type == "cpu":
+            return_freed_memory()
