@@ -20,7 +20,7 @@ NVIDIA := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg)
 GPU_BASE ?= models/base
 GPU_PAIRS ?= data/pairs_embedded.jsonl
 
-# tests run abreast, one process a core; tests/conftest.py says which stay together
+# tests run abreast, one process a core, four at most; tests/conftest.py says which stay together
 ABREAST ?= -n logical --maxprocesses 4
 
 .PHONY: repro test test-all lint deps install python lock check-hub bench-dpo bench-ppo bench-lora bench-generate bench-sizes gpu-check torch-build
