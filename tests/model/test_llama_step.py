@@ -147,12 +147,13 @@ def test_packed_weights_give_a_rows_product_whatever_its_batch(precision):
     product = llama_step._packed(weight)
     expected = (x.double() @ weight.double().T).float()
     torch.testing.assert_close(product(x).float(), expected, rtol=1e-2 if precision == "bf16" else 1e-5, atol=1e-4)
-    if precision == "bf16" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        for rows in (1, 7, 8, 36):
-            assert torch.equal(product(x[:rows]), product(x)[:rows])
+    for rows in (1, 7, 8, 36) if llama_step._packs(DTYPES[precision]) else ():
+        assert torch.equal(product(x[:rows]), product(x)[:rows])
 
 
-def test_where_the_cpu_has_no_bf16_products_the_step_takes_the_weights_as_they_are(monkeypatch):
+def test_where_the_cpu_packs_no_weights_the_step_takes_them_as_they_are(monkeypatch):
+    """fp16 nowhere; bf16 where it is multiplied."""
+    assert not llama_step._packs(torch.float16)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     weight, x = torch.ones(8, 4, dtype=torch.bfloat16), torch.ones(2, 4, dtype=torch.bfloat16)
     assert torch.equal(llama_step._packed(weight)(x), torch.full((2, 8), 4.0, dtype=torch.bfloat16))

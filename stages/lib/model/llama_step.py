@@ -155,14 +155,18 @@ def _product(*layers: nn.Module) -> Product:
 
 
 def _packed(weight: Tensor) -> Product:
-    """x @ weight.T; of bf16 weights packed once, as oneDNN's kernels read them, where it can."""
-    if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        packed, multiply = (
-            torch.ops.mkldnn._reorder_linear_weight(weight),
-            torch.ops.mkldnn._linear_pointwise.default,
-        )
-        return lambda x: multiply(x, packed, None, "none", [], "")
-    return lambda x: functional.linear(x, weight)
+    """x @ weight.T; of weights packed once as oneDNN's kernels read them, where it can."""
+    if not _packs(weight.dtype):
+        return lambda x: functional.linear(x, weight)
+    packed, multiply = torch.ops.mkldnn._reorder_linear_weight(weight), torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: multiply(x, packed, None, "none", [], "")
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies by packed weights of this kind on this CPU."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
 def _norm(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
