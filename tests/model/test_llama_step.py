@@ -151,9 +151,14 @@ def test_packed_weights_give_a_rows_product_whatever_its_batch(precision):
         assert torch.equal(product(x[:rows]), product(x)[:rows])
 
 
-def test_where_the_cpu_packs_no_weights_the_step_takes_them_as_they_are(monkeypatch):
-    """fp16 nowhere; bf16 where it is multiplied."""
+@pytest.mark.parametrize("lacking", ["oneDNN", "bf16"])
+def test_where_weights_cannot_be_packed_the_step_takes_them_as_they_are(monkeypatch, lacking):
+    """fp16 nowhere; nothing in a torch without oneDNN, whose operators are not there then."""
     assert not llama_step._packs(torch.float16)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    if lacking == "oneDNN":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        monkeypatch.setattr(torch.ops, "mkldnn", None)
+    else:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     weight, x = torch.ones(8, 4, dtype=torch.bfloat16), torch.ones(2, 4, dtype=torch.bfloat16)
     assert torch.equal(llama_step._packed(weight)(x), torch.full((2, 8), 4.0, dtype=torch.bfloat16))

@@ -26,7 +26,7 @@ from stages.lib.run.errors import UserError
 CACHE_BLOCK = 64  # positions by which the key-value cache grows
 SAMPLE_BLOCK = 256  # tokens whose probabilities are summed before one of them is looked for
 NOT_A_NUMBER = -1  # in place of a token
-ROW_BLOCK = 4  # rows by which a batch shrinks: MKL takes half as long again for 7 rows as for 8
+ROW_BLOCK = 4  # rows by which a batch shrinks: each time all keys and values are copied
 LOOK_EVERY = 8  # tokens after which the host looks at what a GPU has answered, and waits for it
 
 

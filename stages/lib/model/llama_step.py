@@ -121,9 +121,8 @@ class _Layer:
         scores = query @ keys  # (B, H_kv, H / H_kv, S)
         if hidden is not None:
             scores += hidden
-        return self.out(
-            (torch.softmax(scores, -1) @ values).view(len(x), -1)
-        )  # the softmax sums in float32 inside
+        attended = torch.softmax(scores, -1) @ values  # the softmax sums in float32 inside
+        return self.out(attended.view(len(x), -1))
 
     def mlp(self, x: Tensor) -> Tensor:
         """(B, features)"""
@@ -163,10 +162,10 @@ def _packed(weight: Tensor) -> Product:
 
 
 def _packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies by packed weights of this kind on this CPU."""
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    """Whether oneDNN, where this torch has it, multiplies by packed weights of this kind on this CPU."""
+    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _norm(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
