@@ -237,8 +237,8 @@ def main(base: Base, params: Params, root: Path = Path(".")) -> dict:
         judged = read_parquet(root / "data/tokenized/prompts_judge.parquet")
         drawn = draw(len(judged["prompt_id"]), params.look_prompts, base.seed, "look_prompts")
         look_prompts = {judged["prompt_id"][i]: judged["input_ids"][i] for i in drawn}
-        how_long = params.response_length, reading
-        actor = Actor(answering, tokenizer, accelerator, precision, *how_long, return_freed=True)
+        length = params.response_length
+        actor = Actor(answering, tokenizer, accelerator, precision, length, reading, return_freed=True)
     with Checkpoints("train_dpo", root, base, params, sharded) as checkpoints:
         saved = checkpoints.load(learner=learner, scaler=accelerator.scaler)
         history: list[dict[str, Any]] = saved.get("history", [])

@@ -256,8 +256,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes_from_adapters_alone(root, token
 def test_with_adapters_every_pass_gives_back_what_it_freed_or_fragments_add_up(root, monkeypatch, params, passes):
     """Where all weights are trained it would cost a tenth of the time and save less."""
     returned: list[str] = []
-    monkeypatch.setattr(learner, "return_freed_memory", lambda: returned.append("pass"))
-    monkeypatch.setattr(rollout, "return_freed_memory", lambda: returned.append("rollout"))
+    monkeypatch.setattr(learner, "return_freed_memory", lambda _: returned.append("pass"))
+    monkeypatch.setattr(rollout, "return_freed_memory", lambda _: returned.append("rollout"))
     run(root, params)
     assert returned.count("pass") == passes * params.episodes * params.num_ppo_epochs  # a pass for each answer
     assert ("rollout" in returned) == bool(passes)

@@ -181,14 +181,14 @@ def test_freed_memory_is_kept_until_it_is_returned():
     script = """
 import torch
 from stages.lib.model.loading import pick_device, return_freed_memory
-pick_device()
+device = pick_device()
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
 before = resident()
 buffers = [torch.ones(25_000_000) for _ in range(4)]
 del buffers
 kept = resident() - before
-return_freed_memory()
+return_freed_memory(device)
 print(kept, resident() - before)
 """
     environment = os.environ | {"DEVICE": "cpu"}

@@ -5,17 +5,20 @@ import itertools
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import stages.lib.model.logps as logps_module
 from stages.lib.model.attention import TiedGradient, use_packed_attention
 from stages.lib.model.logps import (
     CompletionLogps,
+    TokenLogps,
     completion_logps,
     get_log_prob,
     token_logps,
     token_logps_and_entropies,
 )
 from stages.lib.model.packing import pack, pad, pad_collate_fn
+from stages.lib.rl.critics import ValueHead
 from stages.lib.run.errors import UserError
 from tests.conftest import ShapesMade
 
@@ -180,6 +183,37 @@ def test_a_rows_log_prob_does_not_depend_on_its_batch_mates(tiny_model):
         alone = torch.cat([module(pack([p], [c])) for p, c in zip(prompts, completions, strict=True)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(other_mates[:1], alone[:1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("of", [CompletionLogps, lambda model: TokenLogps(model, 1.0), ValueHead])
+def test_many_answers_to_a_prompt_give_the_same_gradient_to_the_bit_every_time(of, two_threads):
+    """`x[index]` adds on a CPU in the order in which threads come: rows of three answers and more then round anew."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=64, pad_token_id=0, num_labels=1, **sizes)
+    module = of((LlamaForSequenceClassification if of is ValueHead else LlamaForCausalLM)(config))
+    generator = torch.Generator().manual_seed(0)
+    prompts = random_ids(generator, *[4] * 40, vocab=64) * 8
+    batch = pack(prompts, random_ids(generator, *[3] * len(prompts), vocab=64), share_prefixes=True)
+
+    def gradients() -> list[torch.Tensor]:
+        module.zero_grad()
+        with use_packed_attention(module.model):
+            output = module(batch)
+        values = output[0] if isinstance(output, tuple) else output
+        (values * torch.linspace(0.1, 1, len(values))).sum().backward()
+        return [p.grad.clone() for p in module.parameters() if p.grad is not None]
+
+    first = gradients()
+    assert all(torch.equal(new, old) for _ in range(20) for new, old in zip(gradients(), first, strict=True))
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 33, 64, 10_000])

@@ -230,7 +230,7 @@ def save_adapted(
         (adapter / "README.md").unlink()  # PEFT's form of a card
         settings = read_json(adapter / "adapter_config.json")
         write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": f"models/{base.name}"})
-        return_freed_memory()  # of training: the base is mapped from its file, not allocated
+        return_freed_memory(torch.device("cpu"))  # of training: the base is mapped from its file, not allocated
         save_model(merged(load(base), adapter), tokenizer, folder, beside={FOLDER: adapter})
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention, silu
 from transformers import AttentionInterface, PreTrainedModel
@@ -324,7 +323,7 @@ class _TiedEmbedding(torch.autograd.Function):
     def forward(ctx, ids: Tensor, weight: Tensor, padding_idx: int | None, tied: TiedGradient) -> Tensor:
         ctx.save_for_backward(ids, weight)
         ctx.padding_idx, ctx.tied = padding_idx, tied
-        return functional.embedding(ids, weight)
+        return torch.embedding(weight, ids)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None, None]:

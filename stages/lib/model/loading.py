@@ -94,9 +94,12 @@ def _keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def return_freed_memory() -> None:
-    """Gives the kernel back what is kept: before work that wants blocks of other sizes, or memory of a mapped file."""
-    if malloc_trim := _of_libc("malloc_trim"):
+def return_freed_memory(device: torch.device) -> None:
+    """Gives the kernel back what is kept: before work that wants blocks of other sizes, or memory of a mapped file.
+
+    Does nothing where the work is another device's, whose memory is not glibc's.
+    """
+    if device.type == "cpu" and (malloc_trim := _of_libc("malloc_trim")):
         malloc_trim(0)
 
 

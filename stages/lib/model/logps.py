@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from stages.lib.model.attention import TiedGradient, hidden_states, lean_embedding, use_packed_attention
 from stages.lib.model.loading import autocast
-from stages.lib.model.packing import PackedBatch, packed_groups, read_tokens
+from stages.lib.model.packing import PackedBatch, packed_groups, read_tokens, rows_at
 from stages.lib.run.errors import UserError
 
 GPU_SLICE_ELEMENTS = 2**25  # 128 MB: fewer, larger products; a card's cache would hold neither
@@ -174,7 +174,7 @@ class CompletionLogps(nn.Module):
         with lean_embedding(self.model) as tied:
             hidden = hidden_states(self.model.get_decoder(), batch)
         weight = output_weight(self.model)
-        logps = token_logps(hidden[batch.completion_index], weight, batch.labels, tied)
+        logps = token_logps(rows_at(hidden, batch.completion_index), weight, batch.labels, tied)
         return logps.new_zeros(batch.num_completions).index_add(0, batch.label_sequence, logps)
 
 
@@ -198,7 +198,7 @@ class TokenLogps(nn.Module):
         """(N,) log-probs and (N,) entropies, these without gradient; float32, nats, in the order of the labels."""
         with lean_embedding(self.model) as tied:
             hidden = hidden_states(self.model.get_decoder(), batch)
-        return self.of_hidden(hidden[batch.completion_index], batch.labels, tied)
+        return self.of_hidden(rows_at(hidden, batch.completion_index), batch.labels, tied)
 
     def of_hidden(self, hidden: Tensor, labels: Tensor, tied: TiedGradient | None = None) -> tuple[Tensor, Tensor]:
         """The same from (N, H) last hidden states before the (N,) labels; `tied` as `token_logps` takes it."""

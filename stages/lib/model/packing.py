@@ -147,6 +147,15 @@ def pack(
     )
 
 
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """(T, H) to its (N, H) rows at an index, some more than once: with the same gradient, to the bit, every time.
+
+    torch 2.13 adds the rows' gradients in the order in which threads come to them: for `x[index]` on CPUs, for
+    `index_select` on GPUs.
+    """
+    return x.index_select(0, index) if x.device.type == "cpu" else x[index]
+
+
 def _branches(texts: list[tuple[int, ...]], start: int) -> list[list[tuple[int, ...]]]:
     """Cuts different texts in sorted order, alike up to `start`, where they do not go on alike for long enough."""
     branches = [texts[:1]]

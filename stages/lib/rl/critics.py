@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from stages.lib.model.attention import hidden_states, use_packed_attention
 from stages.lib.model.loading import autocast
-from stages.lib.model.packing import PackedBatch, read_tokens
+from stages.lib.model.packing import PackedBatch, read_tokens, rows_at
 from stages.lib.model.reward import apply_head, backbone_of
 from stages.lib.rl.learner import Learner
 from stages.lib.rl.losses import value_losses
@@ -88,7 +88,7 @@ class ValueHead(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         hidden = hidden_states(backbone_of(self.model), batch)
-        return (apply_head(self.model, hidden[batch.completion_index]) - self.score_mean) / self.score_std
+        return (apply_head(self.model, rows_at(hidden, batch.completion_index)) - self.score_mean) / self.score_std
 
 
 @dataclass

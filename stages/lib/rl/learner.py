@@ -60,7 +60,7 @@ class Learner:
         self.accelerator, self.dial, self.max_grad_norm = accelerator, dial, max_grad_norm or math.inf
         dial.tokens = min(gather_object([dial.tokens]))  # all processes plan the same passes
         trained = [weight for weight in module.parameters() if weight.requires_grad]
-        self.return_freed = return_freed and accelerator.device.type == "cpu"
+        self.return_freed = return_freed
         optimizer = torch.optim.AdamW(
             trained, lr=learning_rate, betas=(beta1, 0.999), weight_decay=weight_decay, fused=True
         )
@@ -101,7 +101,7 @@ class Learner:
                 yield part, weight, output
             del output
             if self.return_freed:
-                return_freed_memory()
+                return_freed_memory(accelerator.device)
 
     def mean_gradient(
         self,

@@ -150,5 +150,5 @@ class Actor:
         return Rollout(places, own, responses, ended, logps, entropies, nothing, nothing, nothing)
 
     def _let_go(self) -> None:
-        if self.return_freed and self.accelerator.device.type == "cpu":
-            return_freed_memory()
+        if self.return_freed:
+            return_freed_memory(self.accelerator.device)
