@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from transformers import LlamaForCausalLM
 
 from bench.bench_dpo import read_pairs
@@ -31,6 +32,7 @@ from stages.lib.run.artefacts import round_floats, write_json
 SIZES: dict[str, dict[str, int]] = {"135M": {}, "360M": SMOLLM2_360M, "1.7B": SMOLLM2_1_7B}
 RANK = 16
 PAIRS = 8  # a step
+STEPS = 3  # after one to warm up
 LENGTH = 128  # tokens of each completion with its prompt
 STATE = 16  # bytes a trained weight: itself, its gradient and two moments, fp32
 ROWS = 32  # answers decoded together
@@ -84,7 +86,7 @@ def measure_size(device: torch.device, sizes: dict[str, int], lengths: list[int]
     found: dict[str, Any] = {"parameters": parameters, "decoding": decode(device.type, sizes, lengths)}
     for side, rank in (("all weights", None), ("adapters", RANK)):
         if rank or STATE * parameters < 0.8 * memory_of(device):
-            found[side] = measure_point(device.type, sizes, PAIRS, LENGTH, steps=1, rank=rank)
+            found[side] = measure_point(device.type, sizes, PAIRS, LENGTH, STEPS, rank=rank)
     return found
 
 
@@ -100,19 +102,29 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     x = [size["parameters"] / 1e6 for size in found.values()]
     time.plot(x, [size["adapters"]["reference_seconds"] for size in found.values()], "o:", label="reading alone")
     of_decoding = [max(size["decoding"]["peak_memory_mb"].values()) / 1e3 for size in found.values()]
-    memory.plot(x, of_decoding, "o:", label=f"{ROWS} answers")
+    memory.plot(x, of_decoding, "o:", label=f"decoding {ROWS} answers")
     time.set(ylabel=f"seconds for {PAIRS} pairs of 2 x {LENGTH} tokens", yscale="log")
     memory.set(ylabel="peak memory, GB", ylim=(0, None))
-    for axes in (time, memory):
-        axes.set(xlabel="million parameters", xscale="log")
-        axes.set_xticks(x, [f"{each:,.0f}" for each in x])
-        axes.minorticks_off()
+    lengths: set[int] = set()
     for name, size in found.items():
-        seconds = size["decoding"]["seconds"]
-        decoding.plot([int(n) for n in seconds], list(seconds.values()), "o-", label=name)
-    decoding.set(xlabel="tokens an answer", ylabel=f"seconds for {ROWS} answers", xscale="log", yscale="log")
-    for axes in (time, memory, decoding):
+        seconds = {int(length): value for length, value in size["decoding"]["seconds"].items()}
+        decoding.plot(list(seconds), list(seconds.values()), "s-", label=name)
+        lengths |= set(seconds)
+    decoding.set(ylabel=f"seconds for {ROWS} answers", yscale="log")
+    parameters = "million parameters"
+    for axes, ticks, label in (
+        (time, x, parameters),
+        (memory, x, parameters),
+        (decoding, lengths, "tokens an answer"),
+    ):
+        axes.set(xlabel=label, xscale="log")
+        axes.set_xticks(sorted(ticks), [f"{tick:,.0f}" for tick in sorted(ticks)])
+        axes.minorticks_off()
         axes.legend()
+    for axes in (time, decoding):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
@@ -126,7 +138,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
         print(f"{name}: {json.dumps(round_floats(found[name], 3))}", flush=True)
     path = options.output or REPO / f"bench/results/sizes_{device.type}.json"
     draw(found, path.with_suffix(".png"))
-    how = {"rank": RANK, "pairs": PAIRS, "length": LENGTH, "rows": ROWS}
+    how = {"rank": RANK, "pairs": PAIRS, "steps": STEPS, "length": LENGTH, "rows": ROWS}
     write_json(path, round_floats({"sizes": found, "settings": how} | circumstances(device), 4))
     print(f"wrote {path}")
     return found
