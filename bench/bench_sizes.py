@@ -120,7 +120,7 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
         axes.set(xlabel=label, xscale="log")
         axes.set_xticks(sorted(ticks), [f"{tick:,.0f}" for tick in sorted(ticks)])
         axes.minorticks_off()
-        axes.legend()
+        axes.legend(loc="lower right")
     for axes in (time, decoding):
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
