@@ -124,7 +124,6 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     for axes in (time, decoding):
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
